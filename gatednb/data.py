@@ -5,21 +5,21 @@ __all__ = ['mnist_mirrors', 'mnist_files', 'mnist_splits', 'Source', 'DataUnavai
            'cache_folder', 'download', 'fetch', 'read_idx', 'load_mnist', 'Digits', 'handwritten_digits', 'rowwise',
            'pixelwise', 'pixel_order', 'permuted']
 
-# %% ../nbs/30_data.ipynb #0f6c2b45
+# %% ../nbs/30_data.ipynb #5a4bf573
 import gzip, logging, os, struct, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-# %% ../nbs/30_data.ipynb #4cc4b986
+# %% ../nbs/30_data.ipynb #dd404501
 import numpy as np
 import pooch
 import torch
 from requests.exceptions import ChunkedEncodingError, RequestException
 from torch import Tensor
 
-# %% ../nbs/30_data.ipynb #49d573e0
+# %% ../nbs/30_data.ipynb #cacfc557
 @dataclass(frozen=True)
 class Source:
     "A file that can be fetched, and how to know it."
@@ -27,23 +27,29 @@ class Source:
     md5: str                 # fingerprint of the right file, 32 hexadecimal digits
     urls: tuple[str, ...]    # addresses, tried in this order
 
-# %% ../nbs/30_data.ipynb #6d2e85ab
-mnist_mirrors = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
-mnist_files = {key: Source(f"mnist/{name}.gz", md5, tuple(f"{mirror}{name}.gz" for mirror in mnist_mirrors)) for key, name, md5 in [
-    ("train-images", "train-images-idx3-ubyte", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
-    ("train-labels", "train-labels-idx1-ubyte", "d53e105ee54ea40749a09fcbcd1e9432"),
-    ("test-images",  "t10k-images-idx3-ubyte",  "9fb629c4189551a2d022fa330f9573f3"),
-    ("test-labels",  "t10k-labels-idx1-ubyte",  "ec29112dd5afa0611ce80d1b7f02629c"),
-]}
+# %% ../nbs/30_data.ipynb #b02984da
+mnist_mirrors = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+mnist_files = {
+    kind: Source(f"mnist/{name}", md5, tuple(mirror + name for mirror in mnist_mirrors))
+    for kind, name, md5 in [
+        ("train-images", "train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+        ("train-labels", "train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"),
+        ("test-images",  "t10k-images-idx3-ubyte.gz",  "9fb629c4189551a2d022fa330f9573f3"),
+        ("test-labels",  "t10k-labels-idx1-ubyte.gz",  "ec29112dd5afa0611ce80d1b7f02629c"),
+    ]
+}
 
-# %% ../nbs/30_data.ipynb #ef8fb22a
+# %% ../nbs/30_data.ipynb #2bc84af8
 class DataUnavailable(FileNotFoundError):
     "A file is neither on this machine nor at any of its addresses."
 
 class ChecksumError(ValueError):
     "A file is there, but it is not the file that was asked for."
 
-# %% ../nbs/30_data.ipynb #df78d47e
+# %% ../nbs/30_data.ipynb #88b38f3c
 def verify(
     source: Source,                 # what the file must be
     path: str | Path,               # the file to look at
@@ -55,7 +61,7 @@ def verify(
         raise ChecksumError(f"{source.path}, read from {origin or path}: expected md5 {source.md5}, found {found}")
     return Path(path)
 
-# %% ../nbs/30_data.ipynb #2239d860
+# %% ../nbs/30_data.ipynb #9bfad060
 def find(
     source: Source,         # the file wanted
     folder: str | Path,     # an existing folder that holds it as `folder / source.path`
@@ -67,12 +73,12 @@ def find(
     if not path.is_file(): raise DataUnavailable(f"{source.path} is not in GATEDNB_DATA={str(folder)!r}, and nothing is downloaded")
     return verify(source, path)
 
-# %% ../nbs/30_data.ipynb #c7375769
+# %% ../nbs/30_data.ipynb #66416dbe
 def cache_folder() -> Path:    # it need not exist yet
     "The folder that keeps downloads: `GATEDNB_CACHE`, or the operating system's place for caches."
     return Path(os.environ.get("GATEDNB_CACHE") or pooch.os_cache("gatednb")).expanduser()
 
-# %% ../nbs/30_data.ipynb #ab59f1f9
+# %% ../nbs/30_data.ipynb #bb0b85ce
 @contextmanager
 def quiet(logger: logging.Logger):
     "Let only warnings of `logger` through."
@@ -81,16 +87,19 @@ def quiet(logger: logging.Logger):
     try: yield
     finally: logger.setLevel(level)
 
-# %% ../nbs/30_data.ipynb #daf16f0a
-http = pooch.HTTPDownloader(chunk_size=2**16, timeout=(5, 30), headers={"Accept-Encoding": "identity"})    # seconds: to connect, to read
+# %% ../nbs/30_data.ipynb #5e884d9a
+_http = pooch.HTTPDownloader(
+    chunk_size=2**16,
+    timeout=(5, 30),    # seconds: to connect, to read
+    headers={"Accept-Encoding": "identity"})
 
-def transfer(source: Source, url: str, target: str):
+def _transfer(source: Source, url: str, target: str):
     "Download `url` to the file `target` and verify it."
-    try: http(url, target, None)
+    try: _http(url, target, None)
     except ChunkedEncodingError: pass    # it broke off: the fingerprint will say so
     verify(source, target, origin=url)
 
-# %% ../nbs/30_data.ipynb #74334215
+# %% ../nbs/30_data.ipynb #7153dc3b
 def download(
     source: Source,         # the file wanted
     folder: str | Path,     # the cache; created when needed
@@ -99,7 +108,7 @@ def download(
     path, wrong, silent = Path(folder) / source.path, None, []
     for url in source.urls:
         for attempt in "first", "second":
-            try: return keep(source, url, path)
+            try: return _keep(source, url, path)
             except ChecksumError as error: wrong = error
             except RequestException as error:
                 silent.append(f"{url} ({type(error).__name__})")
@@ -108,18 +117,18 @@ def download(
     if path.exists(): verify(source, path)    # a damaged copy is damaged, not missing
     raise DataUnavailable(f"{source.path} is not in {str(folder)!r} and out of reach at {', '.join(silent)}")
 
-# %% ../nbs/30_data.ipynb #ce44023a
-def keep(source: Source, url: str, path: Path) -> Path:
+# %% ../nbs/30_data.ipynb #e40d20b5
+def _keep(source: Source, url: str, path: Path) -> Path:
     "Make sure that `path` holds `source`, from `url` if need be."
     try:
         with quiet(pooch.get_logger()):
             return Path(pooch.retrieve(url, f"md5:{source.md5}", path.name, path.parent,
-                                       downloader=lambda url, target, _: transfer(source, url, target)))
+                                       downloader=lambda url, target, _: _transfer(source, url, target)))
     except RequestException: raise    # also an OSError, but not one of the disk
     except OSError as error:
         raise OSError(f"the cache {str(path.parent)!r} cannot be used ({error}); GATEDNB_CACHE may name another folder") from error
 
-# %% ../nbs/30_data.ipynb #0a657f24
+# %% ../nbs/30_data.ipynb #960070ff
 def fetch(
     source: Source,    # the file wanted
 ) -> Path:             # the verified file, to be read only
@@ -127,14 +136,15 @@ def fetch(
     folder = os.environ.get("GATEDNB_DATA")
     return find(source, folder) if folder else download(source, cache_folder())
 
-# %% ../nbs/30_data.ipynb #95428fef
+# %% ../nbs/30_data.ipynb #eab510d3
 def read_idx(
     path: str | Path,    # a gzip-compressed idx file
     ndim: int,           # how many axes it must have: 3 for images, 1 for labels
 ) -> Tensor:             # its elements, uint8
     "Read a compressed idx file of unsigned bytes, checking its magic number and its size."
     try: content = gzip.decompress(Path(path).read_bytes())
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error: raise ValueError(f"{path}: not a whole gzip file ({error})") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error})") from error
     start, expected = 4 + 4*ndim, 0x0800 + ndim
     magic, *shape = struct.unpack(f">{1 + ndim}I", content[:start].ljust(start, b"\0"))
     if magic != expected: raise ValueError(f"{path}: magic number {magic}, expected {expected}")
@@ -142,10 +152,14 @@ def read_idx(
         raise ValueError(f"{path}: {len(content) - start} elements, expected {shape} as its header says")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
-# %% ../nbs/30_data.ipynb #5a00822a
-mnist_splits = {"train": ("train", slice(0, 50_000)), "valid": ("train", slice(50_000, 60_000)), "test": ("test", slice(0, 10_000))}
+# %% ../nbs/30_data.ipynb #a7250179
+mnist_splits = {    # name → the files it is in, and the rows there
+    "train": ("train", slice(0, 50_000)),
+    "valid": ("train", slice(50_000, 60_000)),
+    "test":  ("test",  slice(0, 10_000)),
+}
 
-# %% ../nbs/30_data.ipynb #5aff75bf
+# %% ../nbs/30_data.ipynb #3a747bdf
 def check_split(split: str):
     "Raise `ValueError` unless `split` is one of the three names."
     if split in mnist_splits: return
@@ -153,7 +167,7 @@ def check_split(split: str):
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"split={split!r}: expected one of {', '.join(map(repr, mnist_splits))}{hint}")
 
-# %% ../nbs/30_data.ipynb #bb66d28d
+# %% ../nbs/30_data.ipynb #74294240
 def load_mnist(
     split: str = "train",                     # "train" (first 50,000), "valid" (the last 10,000 of 60,000), "test" (10,000)
     files: dict[str, Source] = mnist_files,   # "train-images", "train-labels", "test-images", "test-labels"
@@ -166,7 +180,7 @@ def load_mnist(
     if len(images) != len(labels): raise ValueError(f"files: {len(images)} images but {len(labels)} labels in part {part!r}")
     return images[rows].clone(), labels[rows].long()    # a clone, so that 10,000 images do not keep 60,000 in memory
 
-# %% ../nbs/30_data.ipynb #38ccb851
+# %% ../nbs/30_data.ipynb #0c50277b
 @dataclass(frozen=True)
 class Digits:
     "Pictures of handwritten digits, and what to say about them."
@@ -175,7 +189,7 @@ class Digits:
     images: Tensor = field(repr=False)  # uint8 (N, height, width), 0 is paper and 255 ink
     labels: Tensor = field(repr=False)  # int64 (N,), 0 to 9
 
-# %% ../nbs/30_data.ipynb #731b8e4f
+# %% ../nbs/30_data.ipynb #a3036bf7
 bundled_splits = {"train": slice(0, 1197), "valid": slice(1197, 1497), "test": slice(1497, 1797)}
 
 def bundled_digits(split: str) -> Digits:
@@ -186,7 +200,7 @@ def bundled_digits(split: str) -> Digits:
     note = "This page was run on scikit-learn's bundled digits (8×8 pixels), because MNIST could be neither found nor fetched."
     return Digits("scikit-learn digits", note, images, torch.from_numpy(digits.target[rows]).long())
 
-# %% ../nbs/30_data.ipynb #0a1e6d3d
+# %% ../nbs/30_data.ipynb #51f250f5
 def handwritten_digits(
     split: str = "train",                     # "train", "valid" or "test"
     files: dict[str, Source] = mnist_files,   # where MNIST is
@@ -199,7 +213,7 @@ def handwritten_digits(
     images, labels = load_mnist(split, files)
     return Digits("MNIST", f"This page was run on MNIST ({images.shape[1]}×{images.shape[2]} pixels).", images, labels)
 
-# %% ../nbs/30_data.ipynb #8aa54435
+# %% ../nbs/30_data.ipynb #0186a263
 def rowwise(
     images: Tensor,    # uint8 (N, H, W)
 ) -> Tensor:           # float32 (N, H, W) in [0, 1]: H steps of W inputs
@@ -208,14 +222,14 @@ def rowwise(
         raise ValueError(f"images: expected uint8 of shape (N, H, W), got {images.dtype} of shape {tuple(images.shape)}")
     return images.float() / 255
 
-# %% ../nbs/30_data.ipynb #cbc2a926
+# %% ../nbs/30_data.ipynb #47695aca
 def pixelwise(
     images: Tensor,    # uint8 (N, H, W)
 ) -> Tensor:           # float32 (N, H*W, 1) in [0, 1]: H*W steps of one input
     "Read pictures pixel by pixel, each row from left to right."
     return rowwise(images).flatten(1).unsqueeze(-1)
 
-# %% ../nbs/30_data.ipynb #df4664fd
+# %% ../nbs/30_data.ipynb #2c31099e
 def pixel_order(
     pixels: int,      # how many pixels a picture has
     seed: int = 0,    # chooses the order
@@ -223,7 +237,7 @@ def pixel_order(
     "A fixed shuffled order of the pixels."
     return torch.from_numpy(np.random.RandomState(seed).permutation(pixels)).long()
 
-# %% ../nbs/30_data.ipynb #ae787755
+# %% ../nbs/30_data.ipynb #851ff9bf
 def permuted(
     images: Tensor,   # uint8 (N, H, W)
     seed: int = 0,    # chooses the order of the pixels
