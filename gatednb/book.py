@@ -454,6 +454,7 @@ def configure(app, config):  # Sphinx' application and configuration
     known = settings()
     config.project, config.author, config.copyright = known["title"], known["author"], known["copyright"]
     config.html_title = f"{known['title']}: {known['description'].partition(':')[0]}"
+    config.html_theme_options["logo"] = {"text": known["title"], "alt_text": "The first page"}
     config.version = config.release = known["version"]
     config.html_baseurl = known["doc_host"] + known["doc_baseurl"] + "/"
 

@@ -71,7 +71,7 @@ class Cell:
     ):
         self.name, self.equations = name, dict(equations)
         self.slots = {slot.name: slot for slot in slots}
-        self.gates, self.params, self.written = {}, {}, self.equations       # `fill` says what these become
+        self.gates, self.params, self.template = {}, {}, self.equations      # `fill` says what these become
         self.blocks = tuple(dict.fromkeys(p.block for e in self.equations.values() for p in e.atoms(W)))
         if twice := [b for b in self.blocks if len({p.value for e in self.equations.values() for p in e.atoms(U) if p.block == b}) > 1]:
             raise ValueError(f"equations of cell {name!r} multiply different values by the recurrent weights of {twice}; name a block for each")
@@ -144,13 +144,12 @@ def fill(self: Cell,
         if self.slots[name].carries and not (0 <= gate.range[0] and gate.range[1] <= 1) and not allow_unbounded:
             raise ValueError(f"{name} is {gate.name!r} with range {gate.range}, which leaves [0, 1]; in this slot it multiplies the state at "
                              "every step, so the state may explode. Pass allow_unbounded=True to try it all the same")
-    put_in = lambda e, write: e.replace(GateCall, lambda slot, a: write(chosen[slot.name], slot.name, a))
-    filled = Cell(self.name, {a: put_in(e, _renamed) for a, e in self.equations.items()})
+    put_in = lambda e: e.replace(GateCall, lambda slot, a: _renamed(chosen[slot.name], slot.name, a))
+    filled = Cell(self.name, {a: put_in(e) for a, e in self.equations.items()})
     filled = Cell(self.name, filled.equations | dict(_with_further_blocks(filled.equations)))
     filled.blocks = self.blocks + tuple(b for b in filled.blocks if b not in self.blocks)      # the usual rows stay where they are
-    filled.gates = chosen
+    filled.gates, filled.template = chosen, self.equations
     filled.params = {f"{slot}_{name}": spec for slot, gate in chosen.items() for name, spec in gate.params.items()}
-    filled.written = {a: put_in(e, lambda gate, slot, a: gate.expr.xreplace({s: a})) for a, e in self.equations.items()}
     filled.schedule()                                          # a gate that uses what this cell does not have fails here
     return filled
 
@@ -173,13 +172,20 @@ class CellPrinter(PagePrinter):
 @patch
 def _repr_latex_(self: Cell):
     printer = CellPrinter({"order": "none"})
-    lines = [f"{printer.doprint(a)} &= {printer.doprint(e)}" for a, e in self.written.items()]
+    gate = lambda slot, a: self.gates[slot.name].expr.xreplace({s: a}) if self.gates else GateCall(slot, a)
+    lines = [f"{printer.doprint(a)} &= {printer.doprint(e.replace(GateCall, gate))}" for a, e in self.template.items()]
     return r"$\displaystyle \begin{aligned}" + r" \\ ".join(lines) + r"\end{aligned}$"
 
 @patch
 def __repr__(self: Cell):
     filled = ", ".join(f"{slot}={gate.name}" for slot, gate in self.gates.items())
     return f"Cell({self.name!r}, {filled or 'slots ' + ', '.join(self.slots)})"
+
+@patch
+def diagram(self: Cell):
+    "Draw the data flow of a step from the equations (needs matplotlib)."
+    from gatednb.plots import draw_cell    # a library user without matplotlib has everything else
+    draw_cell(self)
 
 # %% ../nbs/05_cells.ipynb #1a4c79a6
 @functools.cache

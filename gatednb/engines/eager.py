@@ -77,8 +77,10 @@ def run(
         values = step(w, *states, *xs, *fixed, *(f[t] for f in further))
         states = values[:len(states)]
         history.append(values)
-    stacked = [torch.stack(torch.broadcast_tensors(*column)) for column in zip(*history)]
-    return stacked[:len(states)], dict(zip(trace, stacked[len(states):]))
+    columns = [*zip(*history)]
+    whole = lambda v: torch.as_tensor(v, dtype=input.dtype, device=input.device).expand_as(states[0])     # a gate may be a constant
+    return [torch.stack(column) for column in columns[:len(states)]], {
+        name: torch.stack([whole(v) for v in column]) for name, column in zip(trace, columns[len(states):])}
 
 # %% ../../nbs/21_eager.ipynb #6a99d3f1
 def recurrent_blocks(cell: Cell) -> tuple[str, ...]:
