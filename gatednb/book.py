@@ -7,7 +7,7 @@ __all__ = ['DIRECTIVE', 'TAGS', 'FENCE', 'TARGET', 'FORMULA', 'INLINE', 'UNTITLE
            'book_url', 'colab_url', 'blocks', 'split_options', 'short_label', 'labels_in', 'labels', 'chapter_title',
            'bibliography', 'plain_role', 'plain_formula', 'plain_inline', 'plain_text', 'plain_directive',
            'plain_markdown', 'runs_on_colab', 'colab_notebook', 'plain_code', 'write_colab', 'running_times',
-           'add_header', 'raise_sections', 'outdated', 'configure', 'setup', 'time_chapters', 'main']
+           'add_header', 'make_sections', 'outdated', 'configure', 'setup', 'time_chapters', 'main']
 
 # %% ../nbs/92_book.ipynb #5ee72cc2
 import ast, hashlib, json, os, re, sys
@@ -160,6 +160,7 @@ def execute_book(root=None,      # the repository's folder; found from the curre
     book_cache = get_cache(str(root / "_build" / ".jupyter_cache"))
     stale = [path for path in chapters(root) if not is_cached(book_cache, path)]
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // processes))
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"                # tqdm's, which wants widgets; a page has none
     failed = 0
     with ThreadPoolExecutor(processes) as pool:                                # each chapter runs in a kernel of its own
         running = {pool.submit(run_chapter, path, root): path for path in stale}
@@ -423,21 +424,21 @@ def add_header(app, doctree):  # Sphinx' application; the page
     title.parent.insert(title.parent.index(title) + 1, note)
 
 # %% ../nbs/92_book.ipynb #b21a3bed
-def raise_sections(app, doctree):  # Sphinx' application; the page
-    "Move sections out of the outputs of cells, to the place after the cell."
+def make_sections(app, doctree):  # Sphinx' application; the page
+    "Turn headings in the output of a cell into sections, at the end of the section that the cell is in."
     from docutils import nodes
-    for cell in list(doctree.findall(lambda node: isinstance(node, nodes.container) and node.get("nb_element") == "cell_code")):
-        sections = [node for node in cell.findall(nodes.section) if not _inside_section(node, cell)]
-        for section in sections: section.parent.remove(section)
-        place = cell.parent.index(cell) + 1
-        cell.parent[place:place] = sections
-
-def _inside_section(node, cell):  # a section; the cell whose output it is in
-    "Whether a section lies in another one of the same cell."
-    from docutils import nodes
-    while (node := node.parent) is not cell:
-        if isinstance(node, nodes.section): return True
-    return False
+    def headed(node): return isinstance(node, nodes.container) and any("level" in child for child in node.findall(nodes.rubric))
+    for cell in [node for node in doctree.findall(headed) if node.get("nb_element") == "cell_code"]:
+        levels = {cell.parent: 1}                                              # the open sections, outermost first
+        for shown in [node for node in cell.findall(headed) if node.get("mime_type") == "text/markdown"]:
+            for node in list(shown.children):
+                if isinstance(node, nodes.rubric) and "level" in node:
+                    levels = {section: level for section, level in levels.items() if level < node["level"]}
+                    section = nodes.section("", nodes.title("", "", *node.children), ids=node["ids"])
+                    list(levels)[-1].append(section)
+                    levels[section] = node["level"]
+                else: list(levels)[-1].append(node)
+            shown.parent.parent.remove(shown.parent)                           # the bundle of the forms of this output
 
 # %% ../nbs/92_book.ipynb #a0dddadc
 def outdated(app, env, added, changed, removed):  # Sphinx' application and environment; names of pages
@@ -463,7 +464,7 @@ def setup(app):  # Sphinx' application
     "What Sphinx calls because _config.yml lists this module as an extension."
     app.connect("config-inited", configure)
     app.connect("env-get-outdated", outdated)
-    app.connect("doctree-read", raise_sections, priority=400)   # before Sphinx lists the sections
+    app.connect("doctree-read", make_sections, priority=400)   # before Sphinx lists the sections
     app.connect("doctree-read", add_header)
     return {"version": settings()["version"], "parallel_read_safe": True, "parallel_write_safe": True}
 

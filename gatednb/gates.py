@@ -157,10 +157,13 @@ def __repr__(self: Gate): return f"Gate({self.name!r}, {self.expr})"
 catalogue: dict[str, Gate] = {}
 
 def register(
-    gate: Gate,       # to be found by its name from now on
-) -> Gate:            # the same gate
-    "Enter a gate into the catalogue; a name that is taken is a `ValueError`."
-    if gate.name in catalogue: raise ValueError(f"name {gate.name!r} is taken by {catalogue[gate.name]!r}")
+    gate: Gate,             # to be found by its name from now on
+    replace: bool = False,  # take the name from a different gate
+) -> Gate:                  # the same gate
+    "Enter a gate into the catalogue; a name taken by a gate with another equation is a `ValueError`."
+    taken = catalogue.get(gate.name, gate)
+    if taken.equation != gate.equation and not replace:
+        raise ValueError(f"name {gate.name!r} is taken by {taken!r}; expected another name, or replace=True")
     catalogue[gate.name] = gate
     return gate
 

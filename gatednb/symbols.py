@@ -107,7 +107,10 @@ class TorchPrinter(PythonCodePrinter):
     def _print_Max(self, expr): return self._extremum(expr, "maximum")
     def _print_Min(self, expr): return self._extremum(expr, "minimum")
     def _print_Heaviside(self, expr): return f"heaviside({self._print(expr.args[0])})"
-    def _print_Pow(self, expr, rational=False): return self._hprint_Pow(expr, rational=rational, sqrt="torch.sqrt")
+
+    def _print(self, expr, **kwargs):                              # a number such as log(1 + sqrt(2)) is no matter for tensors
+        if isinstance(expr, sympy.Expr) and expr.is_number and not expr.is_Rational: return repr(float(expr))
+        return super()._print(expr, **kwargs)
 
 for f in (sigmoid, tanh, exp, log, sinh, cosh, Abs, sign):          # SymPy looks a printing method up by the class's name
     setattr(TorchPrinter, f"_print_{f.__name__}", TorchPrinter._print_Function)
@@ -118,7 +121,7 @@ def _tensors(a, b):
     like = a if isinstance(a, torch.Tensor) else b
     return (v if isinstance(v, torch.Tensor) else torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (a, b))
 
-namespace = {"torch": torch,
+namespace = {"torch": torch, "sqrt": torch.sqrt,
              "maximum": lambda a, b: torch.maximum(*_tensors(a, b)),
              "minimum": lambda a, b: torch.minimum(*_tensors(a, b)),
              "heaviside": lambda a: (torch.sign(a) + 1) / 2}
