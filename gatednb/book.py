@@ -71,7 +71,10 @@ def cell_tags(directives):  # as split_directives gives them
     return sorted(tags)
 
 # %% ../nbs/92_book.ipynb #4554dfa2
-def imported_modules(source, package="gatednb"):  # Python source; the package that relative imports start from
+def imported_modules(
+    source,             # Python source
+    package="gatednb",  # the package that relative imports start from
+):
     "The names of the package's modules that a source imports; names that may be attributes are among them."
     names = set()
     for node in ast.walk(ast.parse(source)):
@@ -83,12 +86,18 @@ def imported_modules(source, package="gatednb"):  # Python source; the package t
     return {name for name in names if name.split(".")[0] == "gatednb"}
 
 # %% ../nbs/92_book.ipynb #352a933a
-def module_file(name, root):  # a dotted name; the repository's folder
+def module_file(
+    name,  # a dotted name
+    root,  # the repository's folder
+):
     "The file of a module of the package, or None if the name is not a module's."
     path = root.joinpath(*name.split("."))
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
-def dependencies(source, root=None):  # the code of a chapter; the repository's folder
+def dependencies(
+    source,     # the code of a chapter
+    root=None,  # the repository's folder
+):
     "The files that the outputs of this code depend on, sorted."
     root = root or repository_root()
     found, sources, todo = set(), [source], list(imported_modules(source))
@@ -106,11 +115,17 @@ def dependencies(source, root=None):  # the code of a chapter; the repository's 
 
 # %% ../nbs/92_book.ipynb #8133081c
 @cache
-def file_digest(path, changed):  # the file; when it last changed (so that a long-lived process reads it again)
+def file_digest(
+    path,     # the file
+    changed,  # when it last changed (so that a long-lived process reads it again)
+):
     "The digest of a file's content."
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
-def fingerprint(source, root=None):  # the code of a chapter; the repository's folder
+def fingerprint(
+    source,     # the code of a chapter
+    root=None,  # the repository's folder
+):
     "A digest of all files that the outputs of this code depend on."
     root = root or repository_root()
     files = [f"{path.relative_to(root)} {file_digest(path, path.stat().st_mtime_ns)}" for path in dependencies(source, root)]
@@ -136,23 +151,32 @@ def read_notebook(text):  # the content of an .ipynb file
     return notebook
 
 # %% ../nbs/92_book.ipynb #e60842f9
-def run_chapter(path, root):  # the notebook's file; the repository's folder
+def run_chapter(
+    path,  # the notebook's file
+    root,  # the repository's folder
+):
     "Execute one chapter as the book would; returns jupyter-cache's result, with the notebook, its time and its error."
     from jupyter_cache.executors.utils import single_nb_execution
     execute = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["execute"]
     notebook = read_notebook(path.read_text(encoding="utf-8"))
-    quiet = ["--log-level=ERROR"]                                              # the kernel's own, not the chapter's
-    return single_nb_execution(notebook, cwd=str(path.parent), timeout=execute["timeout"], allow_errors=False,
-                               extra_arguments=quiet)
+    options = dict(cwd=str(path.parent), timeout=execute["timeout"], allow_errors=False,
+                   extra_arguments=["--log-level=ERROR"])                      # of the kernel itself, not of the chapter
+    try: return single_nb_execution(notebook, **options)
+    except RuntimeError: return single_nb_execution(notebook, **options)       # two kernels that start at once may pick one port
 
-def is_cached(book_cache, path):  # a jupyter-cache; the notebook's file
+def is_cached(
+    book_cache,  # a jupyter-cache
+    path,        # the notebook's file
+):
     "Whether the outputs of a chapter are in the cache and up to date."
     try: return bool(book_cache.match_cache_notebook(read_notebook(path.read_text(encoding="utf-8"))))
     except KeyError: return False
 
 # %% ../nbs/92_book.ipynb #d97595e1
-def execute_book(root=None,      # the repository's folder; found from the current one if None
-                 processes=2):   # how many chapters run at a time
+def execute_book(
+    root=None,    # the repository's folder; found from the current one if None
+    processes=2,  # how many chapters run at a time
+):
     "Run the chapters whose outputs are missing or stale, and cache their outputs; returns the number of those that fail."
     from jupyter_cache import get_cache
     from jupyter_cache.base import CacheBundleIn
@@ -176,7 +200,10 @@ def execute_book(root=None,      # the repository's folder; found from the curre
     return failed
 
 # %% ../nbs/92_book.ipynb #a777a24a
-def book_url(page="", anchor=""):  # a page's path, "nbs/03_gates"; the label of a place on it
+def book_url(
+    page="",    # a page's path, "nbs/03_gates"
+    anchor="",  # the label of a place on it
+):
     "The address of a page of the published book."
     known, page = settings(), f"{page}.html" if page else ""
     return known["doc_host"] + known["doc_baseurl"] + "/" + page + (f"#{anchor}" if anchor else "")
@@ -221,7 +248,10 @@ def short_label(label):  # a label such as "eq:squared"
     "A label without the prefix that says what it labels."
     return label.rpartition(":")[2]
 
-def labels_in(text, page):  # Markdown; the page it is on
+def labels_in(
+    text,  # Markdown
+    page,  # the page it is on
+):
     "The labels in a text: label to (page, anchor, words that name the place)."
     from docutils.nodes import make_id
     found = {label: (page, make_id(label), title or short_label(label)) for label, title in TARGET.findall(text)}
@@ -232,8 +262,8 @@ def labels_in(text, page):  # Markdown; the page it is on
         _, name, title, options, body = block
         found |= labels_in(body, page)
         label = options.get("label") or options.get("name")
-        words = title if title and name not in ("math", "figure", "image") else name.removeprefix("prf:").removesuffix("-start").capitalize()
-        if label: found[label] = (page, ("equation-" if name == "math" else "") + make_id(label), words)
+        if not title or name in ("math", "figure", "image"): title = name.removeprefix("prf:").removesuffix("-start").capitalize()
+        if label: found[label] = (page, ("equation-" if name == "math" else "") + make_id(label), title)
     return found
 
 # %% ../nbs/92_book.ipynb #e5216cdd
@@ -248,7 +278,10 @@ def labels(root=None):  # the repository's folder; found from the current one if
     return found
 
 @cache
-def chapter_title(page, root=None):  # a page's path, "nbs/03_gates"; the repository's folder
+def chapter_title(
+    page,       # a page's path, "nbs/03_gates"
+    root=None,  # the repository's folder
+):
     "The title of a page, which is its first heading."
     root = root or repository_root()
     path = next(file for end in (".ipynb", ".md") if (file := root / f"{page}{end}").is_file())
@@ -271,7 +304,11 @@ def bibliography(root=None):  # the repository's folder; found from the current 
     return {key: (authors(entry), entry.fields["year"], address(entry.fields)) for key, entry in entries.items()}
 
 # %% ../nbs/92_book.ipynb #c726e353
-def plain_role(name, content, page):  # the role; what stands in it; the page it is on
+def plain_role(
+    name,     # the role
+    content,  # what stands in it
+    page,     # the page it is on
+):
     "A role of MyST as plain Markdown."
     words, _, label = content[:-1].rpartition("<") if content.endswith(">") else ("", "", content)
     words, label = words.strip(), label.strip()
@@ -298,7 +335,10 @@ def plain_formula(match):  # a match of FORMULA
     tag = rf" \tag{{{short_label(label)}}}" if label else ""
     return f"$$ {formula}{tag} $$"
 
-def plain_inline(match, page):  # a match of INLINE; the page it is on
+def plain_inline(
+    match,  # a match of INLINE
+    page,   # the page it is on
+):
     "A role or a link between chapters, as plain Markdown."
     if match["role"]: return plain_role(match["role"], match["content"], page)
     if not match["target"]: return match[0]
@@ -310,7 +350,10 @@ def plain_inline(match, page):  # a match of INLINE; the page it is on
     return f"[{match['words'] or title}]({book_url(target, anchor)})"
 
 # %% ../nbs/92_book.ipynb #e896c4ea
-def plain_text(text, page):  # Markdown outside of blocks; the page it is on
+def plain_text(
+    text,  # Markdown outside of blocks
+    page,  # the page it is on
+):
     "MyST's targets, formulas, roles and links as plain Markdown."
     text = re.sub(r"^\([\w:.-]+\)=[ \t]*\n", "", text + "\n", flags=re.MULTILINE)[:-1]
     text = FORMULA.sub(plain_formula, text)
@@ -320,7 +363,13 @@ def plain_text(text, page):  # Markdown outside of blocks; the page it is on
 UNTITLED = {"note", "tip", "hint", "warning", "important", "caution", "seealso"}
 DROPPED = {"exercise-end", "solution-end", "toctree", "tableofcontents", "contents"}
 
-def plain_directive(name, title, options, body, page):  # as `blocks` gives them; the page it is on
+def plain_directive(
+    name,     # the directive's
+    title,    # what stands behind its name
+    options,  # option to value
+    body,     # what stands in it
+    page,     # the page it is on
+):
     "A directive of MyST as plain Markdown."
     name, kind = name.removesuffix("-start"), name.removesuffix("-start").removeprefix("prf:").capitalize()
     if name in DROPPED: return ""
@@ -337,7 +386,10 @@ def plain_directive(name, title, options, body, page):  # as `blocks` gives them
     text = f"{head}\n\n{body}".strip()
     return text if name == "exercise" else "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
 
-def plain_markdown(text, page):  # the source of a Markdown cell; the page it is on
+def plain_markdown(
+    text,  # the source of a Markdown cell
+    page,  # the page it is on
+):
     "MyST as plain Markdown that Colab shows as it is meant."
     parts = []
     for kind, *block in blocks(text):
@@ -347,7 +399,7 @@ def plain_markdown(text, page):  # the source of a Markdown cell; the page it is
     return "\n".join(parts).strip()
 
 # %% ../nbs/92_book.ipynb #db1d2673
-INSTALL = """# Install {package} where it is missing, as on Colab; GATEDNB_SOURCE may name another source, such as a wheel or a folder.
+INSTALL = """# Install {package} where it is missing, as on Colab. GATEDNB_SOURCE may name another source, such as a wheel.
 import importlib.util, os, subprocess, sys
 
 source = os.environ.get("GATEDNB_SOURCE")
@@ -360,7 +412,10 @@ def runs_on_colab(notebook):  # a notebook, as nbformat reads it
     code = code_of(notebook)
     return bool(code.strip()) and "gatednb.book" not in imported_modules(code) and "#| default_exp book" not in code
 
-def colab_notebook(path, root=None):  # the notebook's file; the repository's folder
+def colab_notebook(
+    path,       # the notebook's file
+    root=None,  # the repository's folder
+):
     "A chapter as a notebook for Colab."
     root = root or repository_root()
     page = path.relative_to(root).with_suffix("").as_posix()
@@ -388,7 +443,10 @@ def plain_code(cell):  # a code cell
     cell.source = source
     return cell
 
-def write_colab(out, root=None):  # the folder to write to; the repository's folder
+def write_colab(
+    out,        # the folder to write to
+    root=None,  # the repository's folder
+):
     "Write every chapter that runs on Colab as a notebook for it; returns the files."
     Path(out).mkdir(parents=True, exist_ok=True)
     written = []
@@ -399,7 +457,11 @@ def write_colab(out, root=None):  # the folder to write to; the repository's fol
     return written
 
 # %% ../nbs/92_book.ipynb #e974bcb0
-def running_times(name, seconds, root=None):  # a chapter's name, "03_gates"; what it took for this build; the repository's folder
+def running_times(
+    name,       # a chapter's name, "03_gates"
+    seconds,    # what it took for this build
+    root=None,  # the repository's folder
+):
     "How long a chapter runs, in words."
     record = (root or repository_root()) / "benchmarks" / "running_times.json"
     others = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
@@ -408,7 +470,10 @@ def running_times(name, seconds, root=None):  # a chapter's name, "03_gates"; wh
     return f"Runs in {', '.join(spoken)}."
 
 # %% ../nbs/92_book.ipynb #aec66349
-def add_header(app, doctree):  # Sphinx' application; the page
+def add_header(
+    app,      # Sphinx' application
+    doctree,  # the page
+):
     "Put the running time of a chapter, and the links to its notebook, under its title."
     from docutils import nodes
     from myst_nb.sphinx_ import NbMetadataCollector
@@ -424,7 +489,10 @@ def add_header(app, doctree):  # Sphinx' application; the page
     title.parent.insert(title.parent.index(title) + 1, note)
 
 # %% ../nbs/92_book.ipynb #b21a3bed
-def make_sections(app, doctree):  # Sphinx' application; the page
+def make_sections(
+    app,      # Sphinx' application
+    doctree,  # the page
+):
     "Turn headings in the output of a cell into sections, at the end of the section that the cell is in."
     from docutils import nodes
     def headed(node): return isinstance(node, nodes.container) and any("level" in child for child in node.findall(nodes.rubric))
@@ -441,7 +509,13 @@ def make_sections(app, doctree):  # Sphinx' application; the page
             shown.parent.parent.remove(shown.parent)                           # the bundle of the forms of this output
 
 # %% ../nbs/92_book.ipynb #a0dddadc
-def outdated(app, env, added, changed, removed):  # Sphinx' application and environment; names of pages
+def outdated(
+    app,      # Sphinx' application
+    env,      # its environment, in which we keep the digests of the last build
+    added,    # new pages
+    changed,  # pages whose file changed
+    removed,  # pages that are gone
+):
     "The pages whose outputs changed although their files did not."
     known, env.gatednb_fingerprints = getattr(env, "gatednb_fingerprints", {}), {}
     for path in chapters():
@@ -450,7 +524,10 @@ def outdated(app, env, added, changed, removed):  # Sphinx' application and envi
     return [page for page, digest in env.gatednb_fingerprints.items() if page in env.found_docs and known.get(page) != digest]
 
 # %% ../nbs/92_book.ipynb #b782c1c6
-def configure(app, config):  # Sphinx' application and configuration
+def configure(
+    app,     # Sphinx' application
+    config,  # its configuration
+):
     "Take the title, the authors, the version and the address of the site from settings.ini."
     known = settings()
     config.project, config.author, config.copyright = known["title"], known["author"], known["copyright"]
@@ -469,7 +546,10 @@ def setup(app):  # Sphinx' application
     return {"version": settings()["version"], "parallel_read_safe": True, "parallel_write_safe": True}
 
 # %% ../nbs/92_book.ipynb #76231f96
-def time_chapters(out, root=None):  # the JSON file to add to; the repository's folder
+def time_chapters(
+    out,        # the JSON file to add to
+    root=None,  # the repository's folder
+):
     "Run every chapter, one after the other, and add the times to a file under the name of this machine's GPU or CPU."
     import torch
     device = f"an {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "a CPU"
