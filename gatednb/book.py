@@ -396,7 +396,7 @@ def plain_markdown(
         if kind == "directive": parts.append(plain_directive(*block, page))
         elif kind == "code": parts.append("\n".join(block[0]))
         else: parts.append(plain_text("\n".join(block[0]), page))
-    return "\n".join(parts).strip()
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).strip()
 
 # %% ../nbs/92_book.ipynb #db1d2673
 INSTALL = """# Install {package} where it is missing, as on Colab. GATEDNB_SOURCE may name another source, such as a wheel.

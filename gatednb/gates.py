@@ -93,6 +93,11 @@ def initial_parameters(self: Gate,
         tensors[name] = values.to(dtype=dtype or torch.get_default_dtype(), device=device).clone()
     return tensors
 
+@patch(as_prop=True)
+def parameters_per_unit(self: Gate) -> int:
+    "How many numbers each hidden unit learns for this gate."
+    return sum(math.prod(shape) for shape, _ in self.params.values())
+
 # %% ../nbs/03_gates.ipynb #af37f6b3
 @patch(as_prop=True)
 def inputs(self: Gate) -> list[sympy.Symbol]:

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['page_colour', 'colours', 'style', 'shapes', 'svg', 'show', 'plot_gates', 'data_flow', 'gate_label', 'layered_layout',
-           'draw_cell']
+           'draw_cell', 'front_picture']
 
 # %% ../nbs/93_plots.ipynb #a6979edd
 import html
@@ -171,3 +171,21 @@ def draw_cell(
                 "patchA": boxes[source].get_bbox_patch() if first else None, "patchB": boxes[target].get_bbox_patch() if last else None})
     described = ", ".join(f"{a.name.replace('_next', ' (new)')} = {e}" for a, e in cell.template.items())
     show(figure, f"Data flow of one step of the {cell.name}, from x and the old states on the left to the new states on the right: {described}")
+
+# %% ../nbs/93_plots.ipynb #5b24c507
+def front_picture() -> str:
+    "The README's picture as SVG: gates of this book over the pre-activation."
+    from gatednb import Gate, hard_sigmoid, kernel_gate, s, sigmoid, squared_sigmoid     # all chapters, which this module serves
+    steep = Gate("steep", sigmoid(4 * s))
+    learned = kernel_gate("kernel gate")
+    figure, axes = plt.subplots(figsize=(7, 2.6))
+    at = torch.linspace(-6, 6, 301, dtype=torch.float64)
+    for gate in (sigmoid, hard_sigmoid, squared_sigmoid, steep): axes.plot(at, gate(at), label=gate.name.replace("_", " "))
+    heights = learned.initial_parameters(1, torch.float64)["alpha"].squeeze(-1) + torch.tensor([0., 3, 0, -4, 0, 5, 0, -5, 0, 2], dtype=torch.float64)
+    axes.plot(at, learned(at, alpha=heights.unsqueeze(-1)), label="a kernel gate")
+    axes.set(xlabel="pre-activation", ylabel="gate")
+    axes.legend()
+    picture = svg(figure, "Curves of five gates over the pre-activation")
+    plt.close(figure)
+    style = "<style>svg { color: #24292f } @media (prefers-color-scheme: dark) { svg { color: #d0d7de } }</style>"
+    return picture.replace(">", f">{style}", 1) + "\n"
