@@ -7,7 +7,7 @@ __all__ = ['DIRECTIVE', 'TAGS', 'FENCE', 'TARGET', 'FORMULA', 'INLINE', 'UNTITLE
            'book_url', 'colab_url', 'blocks', 'split_options', 'short_label', 'labels_in', 'labels', 'chapter_title',
            'bibliography', 'plain_role', 'plain_formula', 'plain_inline', 'plain_text', 'plain_directive',
            'plain_markdown', 'runs_on_colab', 'colab_notebook', 'plain_code', 'write_colab', 'running_times',
-           'add_header', 'make_sections', 'outdated', 'configure', 'setup', 'time_chapters', 'main']
+           'add_header', 'make_sections', 'outdated', 'finish', 'configure', 'setup', 'time_chapters', 'main']
 
 # %% ../nbs/92_book.ipynb #5ee72cc2
 import ast, hashlib, json, os, re, sys
@@ -71,6 +71,7 @@ def cell_tags(directives):  # as split_directives gives them
     return sorted(tags)
 
 # %% ../nbs/92_book.ipynb #4554dfa2
+@cache
 def imported_modules(
     source,             # Python source
     package="gatednb",  # the package that relative imports start from
@@ -523,6 +524,14 @@ def outdated(
         env.gatednb_fingerprints[page] = fingerprint(code_of(nbformat.read(path, as_version=4)))
     return [page for page, digest in env.gatednb_fingerprints.items() if page in env.found_docs and known.get(page) != digest]
 
+# %% ../nbs/92_book.ipynb #21afc66d
+def finish(
+    app,    # Sphinx' application
+    error,  # the exception that ended the build, or None
+):
+    "Write the notebooks for Colab into the site."
+    if error is None and app.builder.format == "html": write_colab(Path(app.outdir) / "colab")
+
 # %% ../nbs/92_book.ipynb #b782c1c6
 def configure(
     app,     # Sphinx' application
@@ -543,6 +552,7 @@ def setup(app):  # Sphinx' application
     app.connect("env-get-outdated", outdated)
     app.connect("doctree-read", make_sections, priority=400)   # before Sphinx lists the sections
     app.connect("doctree-read", add_header)
+    app.connect("build-finished", finish)
     return {"version": settings()["version"], "parallel_read_safe": True, "parallel_write_safe": True}
 
 # %% ../nbs/92_book.ipynb #76231f96
