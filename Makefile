@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env export site book test clean
+.PHONY: help env export site picture book test clean
 
 help:           ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -30,6 +30,9 @@ export: env     ## write gatednb/*.py from the notebooks, and clean the notebook
 site: env       ## run every chapter that changed and build the site, warnings as errors
 	@python -m gatednb.book execute
 	@jupyter-book build . -W -n --keep-going --quiet || { rm -rf _build/.doctrees; exit 1; }
+
+picture: env    ## draw the README's picture again
+	@python -c 'from pathlib import Path; from gatednb.plots import front_picture; Path("nbs/_static/gates.svg").write_text(front_picture(), encoding="utf-8")'
 
 book: export    ## export, run what changed, build the site; says where to open it
 	@$(MAKE) --no-print-directory site
