@@ -14,7 +14,8 @@ from sympy import tanh
 from sympy.core.symbol import Str
 
 from .gates import Gate, find_gate, patch
-from .symbols import Candidate, GateValue, Input, NextState, PagePrinter, Parameter, PreActivation, State, StepInput, s
+from .symbols import (Candidate, GateValue, Input, NextState, PagePrinter, Parameter,
+                             PreActivation, State, StepInput, s)
 
 # %% ../nbs/05_cells.ipynb #cb2e081c
 class W(sympy.Function):
@@ -28,14 +29,20 @@ class W(sympy.Function):
     def _eval_is_real(self): return True
     def _latex(self, printer): return f"W_{{{self.block}}} x_{{t}} + b_{{{self.block}}}"
 
+# %% ../nbs/05_cells.ipynb #0217c451
 class U(W):
     r"Recurrent product of a block of weights with a value $v$, $U v + b'$."
     nargs = 2
 
     value = property(lambda self: self.args[1])
 
-    def value_latex(self, printer): return printer._print(self.value) if self.value.is_Symbol else rf"\left({printer._print(self.value)}\right)"
-    def _latex(self, printer): return rf"\left(U_{{{self.block}}} {self.value_latex(printer)} + b'_{{{self.block}}}\right)"
+    def value_latex(self, printer):
+        value = printer._print(self.value)
+        return value if self.value.is_Symbol else rf"\left({value}\right)"
+
+    def _latex(self, printer):
+        product = f"U_{{{self.block}}} {self.value_latex(printer)}"
+        return rf"\left({product} + b'_{{{self.block}}}\right)"
 
 # %% ../nbs/05_cells.ipynb #f629f007
 class GateCall(sympy.Function):
@@ -48,6 +55,7 @@ class GateCall(sympy.Function):
         slot = self.args[0].name.removesuffix("_gate")
         return rf"\varphi_{{\text{{{slot}}}}}\left({printer._print(self.args[1])}\right)"
 
+# %% ../nbs/05_cells.ipynb #19e8575c
 class Slot:
     "A place for a gate in a cell: call it with a pre-activation."
 
@@ -61,57 +69,79 @@ class Slot:
     def __call__(self, pre_activation): return GateCall(Str(self.name), pre_activation)
 
 # %% ../nbs/05_cells.ipynb #4fdcf70a
+def _products(equations, kind=W):
+    "The products in a cell's equations as they come up; with `U`, the recurrent ones alone."
+    by_name = lambda p: (p.block, str(p))
+    found = [p for e in equations.values() for p in sorted(e.atoms(kind), key=by_name)]
+    return list(dict.fromkeys(found))
+
+# %% ../nbs/05_cells.ipynb #b2fe2f37
 class Cell:
     "The equations of one step of a recurrent network, with slots for gates."
 
     def __init__(self,
         name: str,                                     # how it is called in messages
-        equations: Mapping[sympy.Symbol, sympy.Expr],  # symbol → expression in x, `W`, `U`, states and other symbols of the cell
-        slots: Iterable[Slot] = (),                    # places in the equations that wait for a gate
+        equations: Mapping[sympy.Symbol, sympy.Expr],  # symbol → expression with `W` and `U`
+        slots: Iterable[Slot] = (),                    # places that wait for a gate
     ):
         self.name, self.equations = name, dict(equations)
         self.slots = {slot.name: slot for slot in slots}
-        self.gates, self.params, self.template = {}, {}, self.equations      # `fill` says what these become
-        self.blocks = tuple(dict.fromkeys(p.block for e in self.equations.values() for p in e.atoms(W)))
-        if twice := [b for b in self.blocks if len({p.value for e in self.equations.values() for p in e.atoms(U) if p.block == b}) > 1]:
-            raise ValueError(f"equations of cell {name!r} multiply different values by the recurrent weights of {twice}; name a block for each")
-        self.states = tuple(State(a.name.removesuffix("_next")) for a in self.equations if isinstance(a, NextState))
+        self.gates, self.params, self.template = {}, {}, self.equations    # until `fill`
+        self.blocks = tuple(dict.fromkeys(p.block for p in _products(self.equations)))
+        self.states = tuple(State(a.name.removesuffix("_next"))
+                            for a in self.equations if isinstance(a, NextState))
+        recurrent = [p.block for p in _products(self.equations, U)]
+        if twice := sorted({b for b in recurrent if recurrent.count(b) > 1}):
+            raise ValueError(f"equations of cell {name!r} multiply different values by the "
+                             f"recurrent weights of {twice}; name a block for each")
 
-    def __deepcopy__(self, memo): return self          # a cell never changes, so copies of a layer share it
+    def __deepcopy__(self, memo): return self    # a cell never changes, so copies share it
 
 # %% ../nbs/05_cells.ipynb #922d5a1f
 @patch(as_prop=True)
 def phases(self: Cell) -> dict[sympy.Expr, tuple[str, ...]]:
-    "Value that recurrent weights multiply → the blocks that multiply it, in the order of `blocks`."
-    products = sorted({p for e in self.equations.values() for p in e.atoms(U)}, key=lambda p: self.blocks.index(p.block))
-    return {value: tuple(p.block for p in products if p.value == value) for value in dict.fromkeys(p.value for p in products)}
+    "Value that recurrent weights multiply → its blocks, in the order of `blocks`."
+    found = {}
+    for p in sorted(_products(self.equations, U), key=lambda p: self.blocks.index(p.block)):
+        found.setdefault(p.value, []).append(p.block)
+    return {value: tuple(blocks) for value, blocks in found.items()}
 
 # %% ../nbs/05_cells.ipynb #f242776a
 class Phase(NamedTuple):
     "The step of the computation that multiplies a value by its blocks of recurrent weights."
     value: sympy.Expr
 
+# %% ../nbs/05_cells.ipynb #720c83a3
 def needs(
     expr: sympy.Expr,    # right-hand side of an equation
 ) -> list:               # of symbols and `Phase`s
     "What an expression is computed from."
-    products = expr.atoms(W)
-    symbols = expr.xreplace({p: sympy.Dummy() for p in products}).free_symbols
-    found = {a for a in symbols if not isinstance(a, sympy.Dummy)} | {Phase(p.value) for p in products if isinstance(p, U)}
-    return sorted(found, key=str)
+    hidden = {p: sympy.Dummy() for p in expr.atoms(W)}
+    symbols = expr.xreplace(hidden).free_symbols - set(hidden.values())
+    phases = {Phase(p.value) for p in expr.atoms(U)}
+    return sorted(symbols | phases, key=str)
 
 # %% ../nbs/05_cells.ipynb #02668e8c
 @patch
 def schedule(self: Cell) -> list:    # of symbols of equations and `Phase`s
-    "Everything that a step computes, in an order in which it can be computed; a `ValueError` where there is none."
-    graph = {symbol: needs(e) for symbol, e in self.equations.items()} | {Phase(value): needs(value) for value in self.phases}
-    given = lambda a: a in self.states or isinstance(a, (Input, StepInput, Parameter))
-    if missing := {str(a) for found in graph.values() for a in found if a not in graph and not given(a)}:
-        raise ValueError(f"equations of cell {self.name!r} use {sorted(missing)}, which nothing computes; "
-                         f"it has the states {list(self.states)} and computes {list(self.equations)}")
+    "What a step computes, in an order in which it can be; a `ValueError` where there is none."
+    graph = {symbol: needs(e) for symbol, e in self.equations.items()}
+    graph |= {Phase(value): needs(value) for value in self.phases}
+    self._check_known(graph)
     try: return [a for a in TopologicalSorter(graph).static_order() if a in graph]
     except CycleError as error:
-        raise ValueError(f"equations of cell {self.name!r} wait for each other: {error.args[1]}") from None
+        raise ValueError(f"equations of cell {self.name!r} wait for each other: "
+                         f"{error.args[1]}") from None
+
+@patch
+def _check_known(self: Cell, graph):
+    "Refuse symbols that neither an equation computes nor somebody gives."
+    wanted = {a for found in graph.values() for a in found} - graph.keys() - set(self.states)
+    unknown = {a for a in wanted if not isinstance(a, (Input, StepInput, Parameter))}
+    if unknown:
+        raise ValueError(f"equations of cell {self.name!r} use {sorted(map(str, unknown))}, "
+                         f"which nothing computes; it has the states {list(self.states)} "
+                         f"and computes {list(self.equations)}")
 
 # %% ../nbs/05_cells.ipynb #23740ed4
 def _renamed(gate, slot, pre_activation):
@@ -119,38 +149,57 @@ def _renamed(gate, slot, pre_activation):
     names = {}
     for a in gate.equation.free_symbols:
         if a == s: names[a] = pre_activation
-        elif isinstance(a, PreActivation): names[a] = PreActivation(f"{pre_activation.name}_{a.name}")
-        elif isinstance(a, (Parameter, StepInput)): names[a] = type(a)(f"{slot}_{a.name}")
+        elif isinstance(a, PreActivation):
+            names[a] = PreActivation(f"{pre_activation.name}_{a.name}")
+        elif isinstance(a, (Parameter, StepInput)):
+            names[a] = type(a)(f"{slot}_{a.name}")
     return gate.equation.xreplace(names)
 
-def _with_further_blocks(equations):
-    "Equations and, for each pre-activation `s_b_more` that they use and do not compute, one like that of `s_b`."
-    wanted = {a for e in equations.values() for a in e.free_symbols if isinstance(a, PreActivation)} - equations.keys()
-    for a in sorted(wanted, key=str):
-        first, more = a.name.rsplit("_", 1)
-        expr = equations[PreActivation(first)]
-        yield a, expr.xreplace({p: type(p)(f"{p.block}_{more}", *p.args[1:]) for p in expr.atoms(W)})
+# %% ../nbs/05_cells.ipynb #cda97b14
+def _further_blocks(equations):
+    "An equation like that of `s_b` for each pre-activation `s_b_more` that the equations lack."
+    symbols = {a for e in equations.values() for a in e.free_symbols} - equations.keys()
+    for a in sorted((a for a in symbols if isinstance(a, PreActivation)), key=str):
+        like = [b for b in equations if a.name.startswith(f"{b.name}_")]
+        if not like: continue                   # `schedule` will say that nothing computes it
+        expr, more = equations[like[0]], a.name.removeprefix(like[0].name)
+        blocks = {p: type(p)(p.block + more, *p.args[1:]) for p in expr.atoms(W)}
+        yield a, expr.xreplace(blocks)
 
-# %% ../nbs/05_cells.ipynb #bc54f45d
+# %% ../nbs/05_cells.ipynb #85abc7a1
+@patch
+def _choose(self: Cell, gates, allow_unbounded):
+    "Slot → gate, defaults included, each of which fits."
+    if surplus := set(gates) - set(self.slots):
+        raise TypeError(f"cell {self.name!r} has no slot {sorted(surplus)}; "
+                        f"its slots are {list(self.slots)}")
+    chosen = {name: find_gate(gates.get(name, slot.default), name)
+              for name, slot in self.slots.items()}
+    for name, gate in chosen.items():
+        bounded = 0 <= gate.range[0] and gate.range[1] <= 1
+        if self.slots[name].carries and not bounded and not allow_unbounded:
+            raise ValueError(f"{name} is {gate.name!r} with range {gate.range}, which leaves "
+                             "[0, 1]; in this slot it multiplies the state at every step, so "
+                             "the state may explode. Pass allow_unbounded=True to try it all "
+                             "the same")
+    return chosen
+
+# %% ../nbs/05_cells.ipynb #698d2e03
 @patch
 def fill(self: Cell,
-    allow_unbounded: bool = False,    # let a gate that leaves [0, 1] multiply a state at every step
-    **gates: Gate | str,              # slot → gate or its name; other slots get their defaults
-) -> Cell:                            # without slots
-    "The cell with gates in its slots. An unknown slot is a `TypeError`, a gate that does not fit a `ValueError`."
-    if surplus := set(gates) - set(self.slots): raise TypeError(f"cell {self.name!r} has no slot {sorted(surplus)}; its slots are {list(self.slots)}")
-    chosen = {name: find_gate(gates.get(name, slot.default), name) for name, slot in self.slots.items()}
-    for name, gate in chosen.items():
-        if self.slots[name].carries and not (0 <= gate.range[0] and gate.range[1] <= 1) and not allow_unbounded:
-            raise ValueError(f"{name} is {gate.name!r} with range {gate.range}, which leaves [0, 1]; in this slot it multiplies the state at "
-                             "every step, so the state may explode. Pass allow_unbounded=True to try it all the same")
-    put_in = lambda e: e.replace(GateCall, lambda slot, a: _renamed(chosen[slot.name], slot.name, a))
-    filled = Cell(self.name, {a: put_in(e) for a, e in self.equations.items()})
-    filled = Cell(self.name, filled.equations | dict(_with_further_blocks(filled.equations)))
-    filled.blocks = self.blocks + tuple(b for b in filled.blocks if b not in self.blocks)      # the usual rows stay where they are
+    allow_unbounded: bool = False,   # let a gate that leaves [0, 1] multiply a state
+    **gates: Gate | str,             # slot → gate or its name; other slots get their defaults
+) -> Cell:                           # without slots
+    "The cell with gates in its slots; one that does not fit is a `ValueError`."
+    chosen = self._choose(gates, allow_unbounded)
+    put_in = lambda slot, a: _renamed(chosen[slot.name], slot.name, a)
+    equations = {a: e.replace(GateCall, put_in) for a, e in self.equations.items()}
+    filled = Cell(self.name, equations | dict(_further_blocks(equations)))
+    filled.blocks = tuple(dict.fromkeys([*self.blocks, *filled.blocks]))
     filled.gates, filled.template = chosen, self.equations
-    filled.params = {f"{slot}_{name}": spec for slot, gate in chosen.items() for name, spec in gate.params.items()}
-    filled.schedule()                                          # a gate that uses what this cell does not have fails here
+    filled.params = {f"{slot}_{name}": declared for slot, gate in chosen.items()
+                     for name, declared in gate.params.items()}
+    filled.schedule()
     return filled
 
 # %% ../nbs/05_cells.ipynb #fc1d1606
@@ -158,22 +207,29 @@ class CellPrinter(PagePrinter):
     "LaTeX of a cell's equations, with products and factors in the order of papers."
 
     def _print_Add(self, expr, order=None):
-        kinds = {kind: {p.block: p for p in expr.args if type(p) is kind} for kind in (W, U)}
-        both = [b for b in kinds[W] if b in kinds[U]]
-        terms = [f"W_{{{b}}} x_{{t}} + U_{{{b}}} {kinds[U][b].value_latex(self)} + b_{{{b}}}" for b in both]
-        rest = sorted((a for a in expr.args if getattr(a, "block", None) not in both), key=lambda a: type(a) is not W)
-        if rest and (both or type(rest[0]) is W): return " + ".join(terms + [self._print(a) for a in rest])
-        return terms[0] if terms else super()._print_Add(expr, order)
+        inputs = [p.block for p in expr.args if type(p) is W]
+        recurrent = {p.block: p for p in expr.args if type(p) is U}
+        if not inputs: return super()._print_Add(expr, order)
+        both = [b for b in inputs if b in recurrent]
+        terms = [f"W_{{{b}}} x_{{t}} + U_{{{b}}} {recurrent[b].value_latex(self)} + b_{{{b}}}"
+                 for b in both]
+        rest = [a for a in expr.args if getattr(a, "block", None) not in both]
+        rest.sort(key=lambda a: type(a) is not W)
+        return " + ".join(terms + [self._print(a) for a in rest])
 
     def _print_Mul(self, expr):
-        gates_first = sorted(expr.args, key=lambda a: not (a.is_number or a.has(GateValue, GateCall) and not isinstance(a, Candidate)))
+        is_gate = lambda a: a.has(GateValue, GateCall) and not isinstance(a, Candidate)
+        gates_first = sorted(expr.args, key=lambda a: not (a.is_number or is_gate(a)))
         return super()._print_Mul(sympy.Mul(*gates_first, evaluate=False))
 
+# %% ../nbs/05_cells.ipynb #b6694598
 @patch
 def _repr_latex_(self: Cell):
-    printer = CellPrinter({"order": "none"})
-    gate = lambda slot, a: self.gates[slot.name].expr.xreplace({s: a}) if self.gates else GateCall(slot, a)
-    lines = [f"{printer.doprint(a)} &= {printer.doprint(e.replace(GateCall, gate))}" for a, e in self.template.items()]
+    written = CellPrinter({"order": "none"}).doprint
+    def gate(slot, a):
+        return self.gates[slot.name].expr.xreplace({s: a}) if self.gates else GateCall(slot, a)
+    lines = [f"{written(a)} &= {written(e.replace(GateCall, gate))}"
+             for a, e in self.template.items()]
     return r"$\displaystyle \begin{aligned}" + r" \\ ".join(lines) + r"\end{aligned}$"
 
 @patch
@@ -181,22 +237,18 @@ def __repr__(self: Cell):
     filled = ", ".join(f"{slot}={gate.name}" for slot, gate in self.gates.items())
     return f"Cell({self.name!r}, {filled or 'slots ' + ', '.join(self.slots)})"
 
-@patch
-def diagram(self: Cell):
-    "Draw the data flow of a step from the equations (needs matplotlib)."
-    from gatednb.plots import draw_cell    # a library user without matplotlib has everything else
-    draw_cell(self)
-
 # %% ../nbs/05_cells.ipynb #1a4c79a6
 @functools.cache
 def gru(
-    reset_after: bool = True,    # r ∘ (U h), as PyTorch and cuDNN; otherwise U (r ∘ h), as the papers
+    reset_after: bool = True,    # r ∘ (U h), as PyTorch; otherwise U (r ∘ h), as the papers
     update_keeps: bool = True,   # z multiplies the old state; otherwise the candidate
 ) -> Cell:                       # with the slots reset_gate, update_gate and candidate
     "The gated recurrent unit (Cho et al. 2014); the defaults are `torch.nn.GRU`'s equations."
     h, r, z, n = State("h"), GateValue("r"), GateValue("z"), Candidate("n")
     s_r, s_z, s_n = map(PreActivation, ("s_r", "s_z", "s_n"))
-    slots = reset_gate, update_gate, candidate = Slot("reset_gate", "sigmoid"), Slot("update_gate", "sigmoid", carries=True), Slot("candidate", "tanh")
+    reset_gate = Slot("reset_gate", "sigmoid")
+    update_gate = Slot("update_gate", "sigmoid", carries=True)
+    candidate = Slot("candidate", "tanh")
     return Cell("GRU", {
         s_r: W("r") + U("r", h),
         s_z: W("z") + U("z", h),
@@ -205,17 +257,18 @@ def gru(
         s_n: W("n") + (r * U("n", h) if reset_after else U("n", r * h)),
         n: candidate(s_n),
         h.next: z * h + (1 - z) * n if update_keeps else (1 - z) * h + z * n,
-    }, slots)
+    }, [reset_gate, update_gate, candidate])
 
 # %% ../nbs/05_cells.ipynb #17fbcdf3
 @functools.cache
 def lstm() -> Cell:    # with the slots input_gate, forget_gate, candidate and output_gate
-    "The long short-term memory with a forget gate (Hochreiter and Schmidhuber 1997, Gers et al. 2000); `torch.nn.LSTM`'s equations."
+    "The long short-term memory (Gers et al. 2000); the equations of `torch.nn.LSTM`."
     h, c = State("h"), State("c")
     i, f, o, g = GateValue("i"), GateValue("f"), GateValue("o"), Candidate("g")
     s_i, s_f, s_g, s_o = map(PreActivation, ("s_i", "s_f", "s_g", "s_o"))
-    slots = input_gate, forget_gate, candidate, output_gate = (Slot("input_gate", "sigmoid"), Slot("forget_gate", "sigmoid", carries=True),
-                                                               Slot("candidate", "tanh"), Slot("output_gate", "sigmoid"))
+    input_gate, output_gate = Slot("input_gate", "sigmoid"), Slot("output_gate", "sigmoid")
+    forget_gate = Slot("forget_gate", "sigmoid", carries=True)
+    candidate = Slot("candidate", "tanh")
     return Cell("LSTM", {
         s_i: W("i") + U("i", h),
         s_f: W("f") + U("f", h),
@@ -227,29 +280,35 @@ def lstm() -> Cell:    # with the slots input_gate, forget_gate, candidate and o
         o: output_gate(s_o),
         h.next: o * tanh(c.next),
         c.next: f * c + i * g,
-    }, slots)
+    }, [input_gate, forget_gate, candidate, output_gate])
 
 # %% ../nbs/05_cells.ipynb #378a9cb9
 @functools.cache
 def mgu(
-    shared: bool = True,    # one gate in both places, slot `gate`; otherwise two slots over one pre-activation
+    shared: bool = True,    # one gate in both places; otherwise two over one pre-activation
 ) -> Cell:                  # with the slots gate, or reset_gate and update_gate, and candidate
     "The minimal gated unit (Zhou et al. 2016); its gate writes: it multiplies the candidate."
-    h, f, n = State("h"), GateValue("f"), Candidate("n")
+    h, n = State("h"), Candidate("n")
     s_f, s_n = PreActivation("s_f"), PreActivation("s_n")
     candidate = Slot("candidate", "tanh")
     if shared:
-        slots = (gate := Slot("gate", "sigmoid", carries=True)), candidate
-        reset = update = f
-        gates = {f: gate(s_f)}
+        r = z = GateValue("f")
+        slots = {z: Slot("gate", "sigmoid", carries=True)}
     else:
-        slots = reset_gate, update_gate, candidate = Slot("reset_gate", "sigmoid"), Slot("update_gate", "sigmoid", carries=True), candidate
-        reset, update = GateValue("r"), GateValue("z")
-        gates = {reset: reset_gate(s_f), update: update_gate(s_f)}
+        r, z = GateValue("r"), GateValue("z")
+        slots = {r: Slot("reset_gate", "sigmoid"),
+                 z: Slot("update_gate", "sigmoid", carries=True)}
     return Cell("MGU", {
         s_f: W("f") + U("f", h),
-        **gates,
-        s_n: W("n") + U("n", reset * h),
+        **{value: slot(s_f) for value, slot in slots.items()},
+        s_n: W("n") + U("n", r * h),
         n: candidate(s_n),
-        h.next: (1 - update) * h + update * n,
-    }, slots)
+        h.next: (1 - z) * h + z * n,
+    }, [*slots.values(), candidate])
+
+# %% ../nbs/05_cells.ipynb #84f51f0f
+@patch
+def diagram(self: Cell):
+    "Draw the data flow of a step from the equations (needs matplotlib)."
+    from gatednb.plots import draw_cell
+    draw_cell(self)

@@ -15,84 +15,98 @@ import sympy
 import torch
 from sympy import Indexed, Max, Min, Rational, tanh as tanh_function
 
-from .symbols import (GateValue, Input, NextState, Parameter, PreActivation, State, StepInput, latex, s, sigmoid as sigmoid_function,
-                             torch_function, x)
+from .symbols import (GateValue, Input, NextState, Parameter, PreActivation, State,
+                             StepInput, latex, s, sigmoid as sigmoid_function, torch_function)
 
 # %% ../nbs/03_gates.ipynb #b8690d81
-gate_symbols = (PreActivation, Input, State, NextState, GateValue, StepInput)     # what a gate's equation may refer to
-
 class Gate:
     "A gate: an equation in the pre-activation `s`, and what cannot be read off it."
 
     def __init__(self,
-        name: str,                              # how it is called in `catalogue` and in error messages
-        expr: sympy.Expr,                       # value of the gate, in `s` and other symbols of `gatednb.symbols`
-        params: dict[str, tuple] | None = None, # name → (shape per unit, initial value: number, array of that shape or function of the full shape)
-        constants: dict[str, Iterable[float]] | None = None,  # name of an indexed symbol → its fixed values
-        range: tuple[float, float] = (0, 1),    # smallest and largest value; ±math.inf where there is no bound
-        source: str = "",                       # where it comes from: paper and equation
+        name: str,                               # its name in `catalogue` and in messages
+        expr: sympy.Expr,                        # in `s` and other symbols of `gatednb.symbols`
+        params: dict[str, tuple] | None = None,  # name → (shape per unit, initial value)
+        constants: dict[str, Iterable[float]] | None = None,  # name of indexed symbol → values
+        range: tuple[float, float] = (0, 1),     # smallest, largest value; ±math.inf: no bound
+        source: str = "",                        # where it comes from: paper and equation
     ):
         self.name, self.range, self.source = name, range, source
         self.expr = sympy.sympify(expr)
-        self.params = {key: (tuple(shape), initial) for key, (shape, initial) in (params or {}).items()}
-        self.constants = {key: [float(v) for v in values] for key, values in (constants or {}).items()}
+        params, constants = params or {}, constants or {}
+        self.params = {key: (tuple(shape), initial) for key, (shape, initial) in params.items()}
+        self.constants = {key: [float(v) for v in values] for key, values in constants.items()}
         self._check()
 
-# %% ../nbs/03_gates.ipynb #20755949
+# %% ../nbs/03_gates.ipynb #fd32d40a
 def patch(
     method: Callable | None = None,  # function whose first argument is annotated with the class
     as_prop: bool = False,           # make it a property
 ) -> Callable:
-    "Continue a class in a later cell: the decorated function becomes a method of the class that annotates its `self`."
+    "Continue a class in a later cell: make a function a method of the class of its `self`."
     if method is None: return functools.partial(patch, as_prop=as_prop)
-    setattr(method.__annotations__["self"], method.__name__, property(method) if as_prop else method)
+    cls = method.__annotations__["self"]
+    setattr(cls, method.__name__, property(method) if as_prop else method)
     return method
+
+# %% ../nbs/03_gates.ipynb #20755949
+gate_symbols = (PreActivation, Input, State, NextState, GateValue, StepInput)
 
 @patch
 def _check(self: Gate):
     low, high = self.range
-    if not low < high: raise ValueError(f"range of gate {self.name!r} is {self.range}; expected (smallest, largest)")
-    unknown = {a.name for a in self.equation.free_symbols if not isinstance(a, (*gate_symbols, Parameter))}
-    unknown |= {str(a.base) for a in self.equation.atoms(Indexed)}
+    if not low < high:
+        raise ValueError(f"range of gate {self.name!r} is {self.range}; "
+                         "expected (smallest, largest)")
+    free, indexed = self.equation.free_symbols, self.equation.atoms(Indexed)
+    unknown = {a.name for a in free if not isinstance(a, (*gate_symbols, Parameter))}
+    unknown |= {str(a.base) for a in indexed}
     if unknown:
-        raise ValueError(f"expr of gate {self.name!r} contains unknown symbols {sorted(unknown)}; expected s, x, a state, a gate or "
-                         f"another symbol made by a class of gatednb.symbols, or one of its params {sorted(self.params)}")
+        raise ValueError(f"expr of gate {self.name!r} contains unknown symbols "
+                         f"{sorted(unknown)}; expected s, x, a state, a gate or another symbol "
+                         "made by a class of gatednb.symbols, or one of its params "
+                         f"{sorted(self.params)}")
 
 # %% ../nbs/03_gates.ipynb #22e8c88c
 def unit_symbols(
     name: str,               # of the parameter
     shape: tuple[int, ...],  # per hidden unit
-) -> np.ndarray:             # of that shape, of symbols `name_0`, `name_1`, …, or just `name` without axes
+) -> np.ndarray:             # of that shape: `name_0`, `name_1`, …, or just `name` without axes
     "The symbols of a parameter: one for each number that a hidden unit has."
     symbols = np.empty(shape, dtype=object)
-    for index in np.ndindex(*shape): symbols[index] = Parameter("_".join([name, *map(str, index)]))
+    for index in np.ndindex(*shape):
+        symbols[index] = Parameter("_".join([name, *map(str, index)]))
     return symbols
 
+# %% ../nbs/03_gates.ipynb #2e6c62b9
 @patch(as_prop=True)
 def equation(self: Gate) -> sympy.Expr:
-    "The gate's expression with sums written out, constants put in and one `Parameter` for each number of a unit."
+    "The expression with sums written out, constants put in and a symbol for each parameter."
     expr = self.expr.doit()
-    symbols = {name: unit_symbols(name, shape) for name, (shape, _) in self.params.items()}
-    values = {name: np.array(numbers) for name, numbers in self.constants.items()} | symbols
-    put_in = {a: values[str(a.base)][tuple(map(int, a.indices))] for a in expr.atoms(Indexed) if str(a.base) in values}
-    put_in |= {a: symbols[a.name][()] for a in expr.free_symbols if a.name in symbols and symbols[a.name].shape == ()}
-    return expr.xreplace({a: sympy.sympify(v) for a, v in put_in.items()})
+    params = {name: unit_symbols(name, shape) for name, (shape, _) in self.params.items()}
+    values = {name: np.array(numbers) for name, numbers in self.constants.items()} | params
+    known = {}
+    for a in expr.atoms(Indexed):
+        if (name := str(a.base)) in values: known[a] = values[name][tuple(map(int, a.indices))]
+    for a in expr.free_symbols:
+        if a.name in params and params[a.name].shape == (): known[a] = params[a.name][()]
+    return expr.xreplace({a: sympy.sympify(v) for a, v in known.items()})
 
 # %% ../nbs/03_gates.ipynb #0be5f94a
 @patch
 def initial_parameters(self: Gate,
-    hidden_size: int,      # number of units
-    dtype=None,            # of the tensors
-    device=None,           # of the tensors
+    hidden_size: int,           # number of units
+    dtype=None,                 # of the tensors
+    device=None,                # of the tensors
 ) -> dict[str, torch.Tensor]:   # name → (shape per unit, hidden_size)
     "What the gate's parameters start from."
-    tensors = {}
-    for name, (shape, initial) in self.params.items():
-        full = (*shape, hidden_size)
-        values = initial(full) if callable(initial) else torch.as_tensor(initial, dtype=torch.float64).unsqueeze(-1).expand(full)
-        tensors[name] = values.to(dtype=dtype or torch.get_default_dtype(), device=device).clone()
-    return tensors
+    kind = {"dtype": dtype or torch.get_default_dtype(), "device": device}
+    def start(shape, initial):
+        if callable(initial): return initial(shape)
+        return torch.as_tensor(initial, dtype=torch.float64).unsqueeze(-1).expand(shape)
+    return {name: start((*shape, hidden_size), initial).to(**kind).clone()
+            for name, (shape, initial) in self.params.items()}
 
+# %% ../nbs/03_gates.ipynb #a12a6f7b
 @patch(as_prop=True)
 def parameters_per_unit(self: Gate) -> int:
     "How many numbers each hidden unit learns for this gate."
@@ -102,31 +116,45 @@ def parameters_per_unit(self: Gate) -> int:
 @patch(as_prop=True)
 def inputs(self: Gate) -> list[sympy.Symbol]:
     "The symbols that the gate is computed from, its parameters aside, `s` first."
-    return sorted((a for a in self.equation.free_symbols if not isinstance(a, Parameter)), key=lambda a: (a != s, a.name))
+    symbols = (a for a in self.equation.free_symbols if not isinstance(a, Parameter))
+    return sorted(symbols, key=lambda a: (a != s, a.name))
 
+# %% ../nbs/03_gates.ipynb #99bb5288
+@patch
+def _values(self: Gate, value, others):
+    "Symbol → tensor for everything in the gate's equation."
+    needed, params = {a.name for a in self.inputs} - {"s"}, set(self.params)
+    if surplus := set(others) - needed - params:
+        raise TypeError(f"gate {self.name!r} does not use {sorted(surplus)}; "
+                        f"it takes {sorted(needed | params) or 'only s'}")
+    if missing := needed - set(others):
+        raise TypeError(f"gate {self.name!r} needs {sorted(missing)} beside s")
+    others = self.initial_parameters(1, value.dtype, value.device) | others
+    values = {s: value} | {a: others[a.name] for a in self.inputs if a != s}
+    for name, (shape, _) in self.params.items():
+        symbols = np.ndenumerate(unit_symbols(name, shape))
+        values |= {symbol: others[name][index] for index, symbol in symbols}
+    return values
+
+# %% ../nbs/03_gates.ipynb #43299e3e
 @patch
 def evaluate(self: Gate,
-    expr: sympy.Expr,              # in the gate's symbols: its equation or a derivative of it
-    value: torch.Tensor,           # pre-activation, any shape
-    **others,                      # tensors for further symbols and parameters, by name; parameters with the unit as last axis
-) -> torch.Tensor:                 # of the shape that all arguments have together
-    "The value of an expression in this gate's symbols; a missing or surplus argument is a `TypeError` that names it."
-    value = torch.as_tensor(value, dtype=None if isinstance(value, torch.Tensor) else torch.get_default_dtype())
-    needed = {a.name for a in self.inputs} - {"s"}
-    if surplus := set(others) - needed - set(self.params): raise TypeError(f"gate {self.name!r} does not use {sorted(surplus)}; it takes "
-                                                                         f"{sorted(needed | set(self.params)) or 'only s'}")
-    if missing := needed - set(others): raise TypeError(f"gate {self.name!r} needs {sorted(missing)} beside s")
-    for name, tensor in self.initial_parameters(1, value.dtype, value.device).items(): others.setdefault(name, tensor)
-    arguments = {s: value} | {a: others[a.name] for a in self.inputs if a != s}
-    for name, (shape, _) in self.params.items():
-        arguments |= {symbol: others[name][index] for index, symbol in np.ndenumerate(unit_symbols(name, shape))}
-    result = torch_function(expr, *arguments)(*arguments.values())
-    shape = torch.broadcast_shapes(*(v.shape for v in arguments.values()))
+    expr: sympy.Expr,      # in the gate's symbols: its equation or a derivative of it
+    value: torch.Tensor,   # pre-activation, any shape
+    **others,              # other symbols, and parameters with the unit as last axis, by name
+) -> torch.Tensor:         # of the shape that all arguments have together
+    "The value of an expression in the gate's symbols; a wrong argument is a `TypeError`."
+    if not isinstance(value, torch.Tensor):
+        value = torch.as_tensor(value, dtype=torch.get_default_dtype())
+    values = self._values(value, others)
+    result = torch_function(expr, *values)(*values.values())
+    shape = torch.broadcast_shapes(*(v.shape for v in values.values()))
     return torch.as_tensor(result, dtype=value.dtype, device=value.device).expand(shape)
 
+# %% ../nbs/03_gates.ipynb #686d6b07
 @patch
 def __call__(self: Gate, value, **others):
-    "The gate on a pre-activation: a tensor or a number (evaluated) or an expression (substituted)."
+    "The gate on a pre-activation: a tensor or number is evaluated, an expression substituted."
     if isinstance(value, sympy.Basic): return self.equation.xreplace({s: value})
     return self.evaluate(self.equation, value, **others)
 
@@ -135,24 +163,28 @@ def absorb_signs(expr):
     "An expression with every product `u * sign(u)` replaced by `Abs(u)`."
     for u in {a.args[0] for a in expr.atoms(sympy.sign)}:
         pair = {u, sympy.sign(u)}
-        expr = expr.replace(lambda e: e.is_Mul and pair <= set(e.args), lambda e: sympy.Mul(sympy.Abs(u), *(set(e.args) - pair)))
+        expr = expr.replace(lambda e: e.is_Mul and pair <= set(e.args),
+                            lambda e: sympy.Mul(sympy.Abs(u), *(set(e.args) - pair)))
     return expr
 
-# %% ../nbs/03_gates.ipynb #aa450e76
+# %% ../nbs/03_gates.ipynb #20104afe
 @patch
 def derivative(self: Gate,
     wrt: sympy.Symbol | str = s,   # a symbol of the equation, or its name
 ) -> sympy.Expr:                   # the partial derivative, in the symbols of `equation`
-    "The gate's derivative with respect to one of its symbols; a symbol that it does not have is a `ValueError`."
+    "The gate's derivative by one of its symbols; an unknown symbol is a `ValueError`."
     known = {a.name: a for a in self.equation.free_symbols} | {"s": s}
     if str(wrt) not in known:
-        raise ValueError(f"wrt is {str(wrt)!r}, which gate {self.name!r} does not depend on; expected one of {sorted(known)}")
+        raise ValueError(f"wrt is {str(wrt)!r}, which gate {self.name!r} does not depend on; "
+                         f"expected one of {sorted(known)}")
     return absorb_signs(self.equation.diff(known[str(wrt)]))
 
+# %% ../nbs/03_gates.ipynb #4db76ed1
 @patch
 def _repr_latex_(self: Gate):
     lines = [rf"g &= {latex(self.expr)}"]
-    if not self.expr.has(sympy.Sum): lines.append(rf"\frac{{\partial g}}{{\partial s}} &= {latex(self.derivative())}")
+    if not self.expr.has(sympy.Sum):
+        lines.append(rf"\frac{{\partial g}}{{\partial s}} &= {latex(self.derivative())}")
     return r"$\displaystyle \begin{aligned}" + r" \\ ".join(lines) + r"\end{aligned}$"
 
 @patch
@@ -165,29 +197,36 @@ def register(
     gate: Gate,             # to be found by its name from now on
     replace: bool = False,  # take the name from a different gate
 ) -> Gate:                  # the same gate
-    "Enter a gate into the catalogue; a name taken by a gate with another equation is a `ValueError`."
+    "Enter a gate into the catalogue; a name that another equation has is a `ValueError`."
     taken = catalogue.get(gate.name, gate)
     if taken.equation != gate.equation and not replace:
-        raise ValueError(f"name {gate.name!r} is taken by {taken!r}; expected another name, or replace=True")
+        raise ValueError(f"name {gate.name!r} is taken by {taken!r}; "
+                         "expected another name, or replace=True")
     catalogue[gate.name] = gate
     return gate
 
+# %% ../nbs/03_gates.ipynb #4d01be05
 def find_gate(
-    gate: Gate | str,              # a gate, or the name of one
-    argument: str = "gate",        # what the caller's argument is called, for the error message
-) -> Gate:
-    "A gate by its name; a gate passes through. An unknown name is a `ValueError` with the nearest names."
+    gate: Gate | str,         # a gate, or the name of one
+    argument: str = "gate",   # what the caller's argument is called, for the error message
+) -> Gate:                    # a gate passes through
+    "A gate by its name; an unknown name is a `ValueError` with the nearest names."
     if isinstance(gate, Gate): return gate
-    if not isinstance(gate, str): raise TypeError(f"{argument} is {gate!r}; expected a Gate or the name of one")
+    if not isinstance(gate, str):
+        raise TypeError(f"{argument} is {gate!r}; expected a Gate or the name of one")
     if gate in catalogue: return catalogue[gate]
     near = difflib.get_close_matches(gate, catalogue, n=3, cutoff=0.4) or sorted(catalogue)
-    raise ValueError(f"{argument} is {gate!r}, which is not in the catalogue; did you mean {' or '.join(map(repr, near))}?")
+    raise ValueError(f"{argument} is {gate!r}, which is not in the catalogue; "
+                     f"did you mean {' or '.join(map(repr, near))}?")
 
 # %% ../nbs/03_gates.ipynb #205b6381
-sigmoid = register(Gate("sigmoid", sigmoid_function(s), source="Hochreiter and Schmidhuber 1997, section 4"))
+sigmoid = register(Gate("sigmoid", sigmoid_function(s),
+                        source="Hochreiter and Schmidhuber 1997, section 4"))
 
 # %% ../nbs/03_gates.ipynb #f1d4e3c4
-hard_sigmoid = register(Gate("hard_sigmoid", Max(0, Min(1, s / 5 + Rational(1, 2))), source="folklore; this slope as in Theano and Keras"))
+hard_sigmoid = register(Gate("hard_sigmoid", Max(0, Min(1, s / 5 + Rational(1, 2))),
+                             source="folklore; this slope as in Theano and Keras"))
 
 # %% ../nbs/03_gates.ipynb #d5eef395
-tanh = register(Gate("tanh", tanh_function(s), range=(-1, 1), source="Hochreiter and Schmidhuber 1997, section 4"))
+tanh = register(Gate("tanh", tanh_function(s), range=(-1, 1),
+                     source="Hochreiter and Schmidhuber 1997, section 4"))

@@ -24,142 +24,211 @@ class RecurrentLayer(nn.Module):
     "Any cell as a layer: one direction, one level, on a sequence of inputs."
 
     def __init__(self,
-        cell: Cell,                    # with its slots filled
-        input_size: int,               # features of the input
-        hidden_size: int,              # units
-        bias: bool = True,             # whether the products have biases
-        batch_first: bool = False,     # sequences come as (batch, time, …) instead of (time, batch, …)
-        device=None,                   # of the weights
-        dtype=None,                    # of the weights, a floating-point type
+        cell: Cell,                  # with its slots filled
+        input_size: int,             # features of the input
+        hidden_size: int,            # units
+        bias: bool = True,           # whether the products have biases
+        batch_first: bool = False,   # sequences come as (batch, time, …), not (time, batch, …)
+        device=None,                 # of the weights
+        dtype=None,                  # of the weights, a floating-point type
         *,
-        x_projection: bool = False,    # gates see a learned linear map of the input in place of the input
-        backend: str = "auto",         # engine, a key of `engines`, or "auto"
+        x_projection: bool = False,  # gates see a learned map of the input as x
+        backend: str = "auto",       # engine, a key of `engines`, or "auto"
     ):
         super().__init__()
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-            if not isinstance(size, int): raise TypeError(f"{name} is {size!r}; expected an int")
-            if size < 1: raise ValueError(f"{name} is {size}; expected at least 1")
-        if backend not in ("auto", *engines): raise ValueError(f"backend is {backend!r}; expected 'auto' or one of {list(engines)}")
-        self.uses_x = bool(symbols_of(cell, Input))
-        if self.uses_x and input_size != hidden_size and not x_projection:
-            raise ValueError(f"a gate of this {cell.name} uses x, one input feature for each hidden unit, but input_size is {input_size} and "
-                             f"hidden_size is {hidden_size}; expected equal sizes, or x_projection=True for a learned map between them")
-        if x_projection and not self.uses_x: raise ValueError(f"x_projection is True, but no gate of this {cell.name} uses x")
-        self.cell, self.input_size, self.hidden_size, self.backend = cell, input_size, hidden_size, backend
+        self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
         self.bias, self.batch_first, self.x_projection = bias, batch_first, x_projection
-        self._make_parameters({"device": device, "dtype": dtype})
+        self.backend, self.uses_x = backend, bool(symbols_of(cell, Input))
+        self._check_arguments()
+        self._make_parameters(device=device, dtype=dtype)
         self.reset_parameters()
 
 # %% ../nbs/24_layers.ipynb #be0e0c9e
 @patch
-def _make_parameters(self: RecurrentLayer, factory):
+def _check_arguments(self: RecurrentLayer):
+    for name in ("input_size", "hidden_size"):
+        size = getattr(self, name)
+        if not isinstance(size, int): raise TypeError(f"{name} is {size!r}; expected an int")
+        if size < 1: raise ValueError(f"{name} is {size}; expected at least 1")
+    if self.backend not in ("auto", *engines):
+        raise ValueError(f"backend is {self.backend!r}; "
+                         f"expected 'auto' or one of {list(engines)}")
+    if self.x_projection and not self.uses_x:
+        raise ValueError(f"x_projection is True, but no gate of this {self.cell.name} uses x")
+    if self.uses_x and self.input_size != self.hidden_size and not self.x_projection:
+        raise ValueError(f"a gate of this {self.cell.name} uses x, one input feature for each "
+                         f"hidden unit, but input_size is {self.input_size} and hidden_size is "
+                         f"{self.hidden_size}; expected equal sizes, or x_projection=True for "
+                         "a learned map between them")
+
+# %% ../nbs/24_layers.ipynb #9095e24c
+@patch
+def _make_parameters(self: RecurrentLayer, **factory):
     "Register weights, then the projection, then gate parameters."
-    rows = {"ih": len(self.cell.blocks) * self.hidden_size, "hh": len(recurrent_blocks(self.cell)) * self.hidden_size}
-    shapes = {f"weight_{k}": (n, columns) for (k, n), columns in zip(rows.items(), (self.input_size, self.hidden_size)) if n}
-    if self.bias: shapes |= {f"bias_{k}": (n,) for k, n in rows.items() if n}
-    if self.x_projection: shapes["weight_xh"] = (self.hidden_size, self.input_size)
-    shapes |= {name: (*shape, self.hidden_size) for name, (shape, _) in self.cell.params.items()}
-    for name, shape in shapes.items(): self.register_parameter(f"{name}_l0", nn.Parameter(torch.empty(shape, **factory)))
+    hidden = self.hidden_size
+    blocks = {"ih": self.cell.blocks, "hh": recurrent_blocks(self.cell)}
+    rows = {k: len(names) * hidden for k, names in blocks.items()}
+    columns = {"ih": self.input_size, "hh": hidden}
+    shapes = {f"weight_{k}": (rows[k], columns[k]) for k in rows if rows[k]}
+    if self.bias: shapes |= {f"bias_{k}": (rows[k],) for k in rows if rows[k]}
+    if self.x_projection: shapes["weight_xh"] = (hidden, self.input_size)
+    shapes |= {name: (*shape, hidden) for name, (shape, _) in self.cell.params.items()}
+    for name, shape in shapes.items():
+        self.register_parameter(f"{name}_l0", nn.Parameter(torch.empty(shape, **factory)))
 
 # %% ../nbs/24_layers.ipynb #0915587c
 @patch
 def reset_parameters(self: RecurrentLayer):
     "Draw the weights anew, in PyTorch's order, then the projection, then the gate parameters."
-    for name, weight in self._parameters.items():
-        if name.startswith(("weight_ih", "weight_hh", "bias_")): nn.init.uniform_(weight, *_plus_minus(self.hidden_size))
-        if name.startswith("weight_xh"): nn.init.uniform_(weight, *_plus_minus(self.input_size))
-    with torch.no_grad():
-        for slot, gate in self.cell.gates.items():
-            for name, value in gate.initial_parameters(self.hidden_size).items(): self._parameters[f"{slot}_{name}_l0"].copy_(value)
-
-def _plus_minus(fan): return -1 / math.sqrt(fan), 1 / math.sqrt(fan)
+    def draw(prefixes, size):
+        bound = 1 / math.sqrt(size)
+        for name, weight in self._parameters.items():
+            if name.startswith(prefixes): nn.init.uniform_(weight, -bound, bound)
+    draw(("weight_ih", "weight_hh", "bias_"), self.hidden_size)
+    draw("weight_xh", self.input_size)
+    for slot, gate in self.cell.gates.items():
+        for name, value in gate.initial_parameters(self.hidden_size).items():
+            with torch.no_grad(): self._parameters[f"{slot}_{name}_l0"].copy_(value)
 
 # %% ../nbs/24_layers.ipynb #2f38f961
 @patch
 def forward(self: RecurrentLayer,
-    input: Tensor,                                    # (time, batch, input_size); (batch, time, input_size) if batch_first; or (time, input_size)
-    hx: Tensor | tuple[Tensor, ...] | None = None,    # initial state (1, batch, hidden_size), a tuple if the cell has several; zeros by default
-    step_inputs: dict[str, Tensor] | None = None,     # further inputs of gates, `{slot}_{name}`, each shaped like the output
-) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:      # hidden states, shaped like the input with hidden_size features; final states like hx
-    "Run the layer over a batch of sequences. Errors name what does not fit and are of PyTorch's types."
+    input: Tensor,                                  # sequences, see below
+    hx: Tensor | tuple[Tensor, ...] | None = None,  # initial state, see below; zeros by default
+    step_inputs: dict[str, Tensor] | None = None,   # `{slot}_{name}` → further input of a gate
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:    # hidden states, and final state or states
+    """Run the layer over a batch of sequences.
+
+    The input is (time, batch, input_size), or (batch, time, input_size) with `batch_first`, or
+    (time, input_size). Hidden states and step inputs are shaped like it, with hidden_size
+    features. A state is (1, batch, hidden_size), or (1, hidden_size) without a batch; a cell
+    with several takes and returns a tuple. Errors name what does not fit, by PyTorch's types.
+    """
     outputs, final, _ = self._run(input, hx, step_inputs, ())
     return outputs, final
 
-@patch
-def trace(self: RecurrentLayer,
-    input: Tensor,                                    # as for a call of the layer
-    hx: Tensor | tuple[Tensor, ...] | None = None,    # as for a call of the layer
-    step_inputs: dict[str, Tensor] | None = None,     # as for a call of the layer
-) -> dict[str, Tensor]:                               # equation's name → values shaped like the output
-    "Every gate, candidate, pre-activation and state of the cell at every step."
-    return self._run(input, hx, step_inputs, tuple(a.name for a in self.cell.equations))[2]
-
 # %% ../nbs/24_layers.ipynb #ecb3b135
 @patch
+def trace(self: RecurrentLayer,
+    input: Tensor,                                  # as for a call of the layer
+    hx: Tensor | tuple[Tensor, ...] | None = None,  # as for a call of the layer
+    step_inputs: dict[str, Tensor] | None = None,   # as for a call of the layer
+) -> dict[str, Tensor]:                             # equation's name → values like the output
+    "Every gate, candidate, pre-activation and state of the cell at every step."
+    names = tuple(a.name for a in self.cell.equations)
+    return self._run(input, hx, step_inputs, names)[2]
+
+# %% ../nbs/24_layers.ipynb #3b7c31f5
+@patch
+def _time_first(self: RecurrentLayer, value):
+    "A tensor in the order of axes that engines know."
+    if value.dim() == 2: return value.unsqueeze(1)
+    return value.transpose(0, 1) if self.batch_first else value
+
+@patch
+def _as_given(self: RecurrentLayer, value, batched):
+    "The other way round: a tensor in the order of axes of the layer's input."
+    if not batched: return value.squeeze(1)
+    return value.transpose(0, 1) if self.batch_first else value
+
+# %% ../nbs/24_layers.ipynb #d5fa63bf
+@patch
 def _run(self: RecurrentLayer, input, hx, step_inputs, trace):
+    "Hidden states, final states and traced values."
     self._check_input(input)
-    to_time_first = lambda v: v if v.dim() == 3 and not self.batch_first else v.transpose(0, 1) if v.dim() == 3 else v.unsqueeze(1)
-    back = lambda v: v.squeeze(1) if input.dim() == 2 else v.transpose(0, 1) if self.batch_first else v
-    sequence = to_time_first(input)
-    states = self._initial_states(sequence, hx, input.dim() == 3)
-    further = {name: to_time_first(v) for name, v in self._check_step_inputs(input, step_inputs).items()}
+    sequence, batched = self._time_first(input), input.dim() == 3
+    states = self._initial_states(sequence, hx, batched)
+    step_inputs = self._check_step_inputs(input, step_inputs)
+    step_inputs = {name: self._time_first(v) for name, v in step_inputs.items()}
     weights = {name.removesuffix("_l0"): w for name, w in self._parameters.items()}
     params = {name: weights.pop(name) for name in self.cell.params}
-    x = sequence if not self.x_projection else linear(sequence, weights.pop("weight_xh"))
+    x = linear(sequence, weights.pop("weight_xh")) if self.x_projection else sequence
     engine = engines["eager" if self.backend == "auto" else self.backend]
-    histories, seen = engine(self.cell, sequence, states, **weights, x=x, params=params, step_inputs=further, trace=trace)
-    final = tuple(h[-1:] if input.dim() == 3 else h[-1] for h in histories)
-    return back(histories[0]), final if len(final) > 1 else final[0], {name: back(v) for name, v in seen.items()}
+    histories, seen = engine(self.cell, sequence, states, **weights, x=x, params=params,
+                             step_inputs=step_inputs, trace=trace)
+    seen = {name: self._as_given(v, batched) for name, v in seen.items()}
+    final = tuple(h[-1:] if batched else h[-1] for h in histories)
+    return self._as_given(histories[0], batched), final if len(final) > 1 else final[0], seen
 
 # %% ../nbs/24_layers.ipynb #31cd7111
 @patch
 def _check_input(self: RecurrentLayer, input):
-    if input.dim() not in (2, 3): raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
-    if input.dtype != self.weight_ih_l0.dtype and not torch.is_autocast_enabled(input.device.type):
-        raise ValueError(f"input has dtype {input.dtype}; expected {self.weight_ih_l0.dtype}, the weights' dtype: convert it by "
-                         f"input.to({self.weight_ih_l0.dtype})")
+    if input.dim() not in (2, 3):
+        raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, "
+                         f"got {input.dim()}D instead")
+    dtype = self.weight_ih_l0.dtype
+    if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+        raise ValueError(f"input has dtype {input.dtype}; expected {dtype}, the weights' "
+                         f"dtype: convert it by input.to({dtype})")
     if input.size(-1) != self.input_size:
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}")
-    if input.numel() == 0: raise RuntimeError(f"input has shape {tuple(input.shape)}; expected at least one step and one sequence")
+        raise RuntimeError("input.size(-1) must be equal to input_size. "
+                           f"Expected {self.input_size}, got {input.size(-1)}")
+    if input.numel() == 0:
+        raise RuntimeError(f"input has shape {tuple(input.shape)}; "
+                           "expected at least one step and one sequence")
 
+# %% ../nbs/24_layers.ipynb #a024a0a1
 @patch
 def _initial_states(self: RecurrentLayer, sequence, hx, batched):
     "Checked initial states, each (batch, hidden_size)."
-    names = [a.name for a in self.cell.states]
-    if hx is None: return [sequence.new_zeros(sequence.size(1), self.hidden_size) for _ in names]
+    names, shape = [a.name for a in self.cell.states], (sequence.size(1), self.hidden_size)
+    if hx is None: return [sequence.new_zeros(shape) for _ in names]
     given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-    if len(given) != len(names): raise RuntimeError(f"hx has {len(given)} tensors; expected one for each of the states {names}")
-    expected = (1, sequence.size(1), self.hidden_size) if batched else (1, self.hidden_size)
+    if len(given) != len(names):
+        raise RuntimeError(f"hx has {len(given)} tensors; "
+                           f"expected one for each of the states {names}")
+    expected = (1, *shape) if batched else (1, self.hidden_size)
     for name, state in zip(names, given):
-        if tuple(state.shape) != expected: raise RuntimeError(f"hx: Expected hidden size {expected} for state {name!r}, got {tuple(state.shape)}")
-        if state.dtype != sequence.dtype: raise RuntimeError(f"hx has dtype {state.dtype} for state {name!r}; expected {sequence.dtype} as input")
-    return [state.reshape(sequence.size(1), self.hidden_size) for state in given]
+        if tuple(state.shape) != expected:
+            raise RuntimeError(f"hx: Expected hidden size {expected} for state {name!r}, "
+                               f"got {tuple(state.shape)}")
+        if state.dtype != sequence.dtype:
+            raise RuntimeError(f"hx has dtype {state.dtype} for state {name!r}; "
+                               f"expected {sequence.dtype} as input")
+    return [state.reshape(shape) for state in given]
 
+# %% ../nbs/24_layers.ipynb #6cd07604
 @patch
 def _check_step_inputs(self: RecurrentLayer, input, step_inputs):
-    given, wanted = dict(step_inputs or {}), set(symbols_of(self.cell, StepInput))
-    if set(given) != wanted: raise ValueError(f"step_inputs has {sorted(given)}; the gates of this {self.cell.name} need {sorted(wanted)}")
+    given, wanted = dict(step_inputs or {}), symbols_of(self.cell, StepInput)
+    if sorted(given) != wanted:
+        raise ValueError(f"step_inputs has {sorted(given)}; "
+                         f"the gates of this {self.cell.name} need {wanted}")
     expected = (*input.shape[:-1], self.hidden_size)
     for name, value in given.items():
-        if tuple(value.shape) != expected: raise ValueError(f"step_inputs[{name!r}] has shape {tuple(value.shape)}; expected {expected}")
+        if tuple(value.shape) != expected:
+            raise ValueError(f"step_inputs[{name!r}] has shape {tuple(value.shape)}; "
+                             f"expected {expected}")
     return given
 
+# %% ../nbs/24_layers.ipynb #3fe6a9cf
 @patch
 def extra_repr(self: RecurrentLayer):
+    usual = {"bias": True, "batch_first": False, "x_projection": False}
     told = [f"{self.input_size}, {self.hidden_size}"]
     told += [f"{slot}={gate.name!r}" for slot, gate in self.cell.gates.items()]
-    told += [f"{name}={getattr(self, name)}" for name, usual in (("bias", True), ("batch_first", False), ("x_projection", False))
-             if getattr(self, name) != usual]
+    unusual = [name for name, value in usual.items() if getattr(self, name) != value]
+    told += [f"{name}={getattr(self, name)}" for name in unusual]
     return ", ".join(told)
 
-# %% ../nbs/24_layers.ipynb #a024a0a1
-def _single(layer, num_layers, dropout, bidirectional):
-    "Refuse what these layers do not do."
-    for name, value, only in (("num_layers", num_layers, 1), ("dropout", dropout, 0), ("bidirectional", bidirectional, False)):
-        if value != only: raise NotImplementedError(f"{name} is {value!r}; {layer} has one level and one direction, so only {only!r} is supported")
+# %% ../nbs/24_layers.ipynb #deee95b2
+class _SingleLayer(RecurrentLayer):
+    "A layer with the arguments of `torch.nn`'s, of one level and one direction."
 
-class GRU(RecurrentLayer):
-    "Gated recurrent unit with any gate in its slots; by default exactly `torch.nn.GRU` (Cho et al. 2014)."
+    def __init__(self, cell, input_size, hidden_size, num_layers, bias, batch_first, dropout,
+                 bidirectional, device, dtype, **options):
+        given = {"num_layers": num_layers, "dropout": dropout, "bidirectional": bidirectional}
+        only = {"num_layers": 1, "dropout": 0, "bidirectional": False}
+        for name, value in given.items():
+            if value != only[name]:
+                raise NotImplementedError(f"{name} is {value!r}; {cell.name} has one level and "
+                                          f"one direction, so only {only[name]!r} is supported")
+        super().__init__(
+            cell, input_size, hidden_size, bias, batch_first, device, dtype, **options)
+
+# %% ../nbs/24_layers.ipynb #53d7e6a9
+class GRU(_SingleLayer):
+    "Gated recurrent unit (Cho et al. 2014) with any gates; by default exactly `torch.nn.GRU`."
 
     def __init__(self,
         input_size: int,                       # features of the input
@@ -172,22 +241,25 @@ class GRU(RecurrentLayer):
         device=None,                           # of the weights
         dtype=None,                            # of the weights
         *,
-        reset_gate: Gate | str = "sigmoid",    # decides how much of the old state the candidate sees
+        reset_gate: Gate | str = "sigmoid",    # how much of the old state the candidate sees
         update_gate: Gate | str = "sigmoid",   # mixes the old state and the candidate
         candidate: Gate | str = "tanh",        # function of the candidate
         reset_after: bool = True,              # r ∘ (U h); otherwise U (r ∘ h)
-        update_keeps: bool = True,             # the update gate multiplies the old state; otherwise the candidate
+        update_keeps: bool = True,             # z multiplies the old state, else the candidate
         allow_unbounded: bool = False,         # accept an update gate that leaves [0, 1]
-        x_projection: bool = False,            # gates see a learned linear map of the input in place of the input
+        x_projection: bool = False,            # gates see a learned map of the input as x
         backend: str = "auto",                 # engine
     ):
-        _single("GRU", num_layers, dropout, bidirectional)
-        cell = cells.gru(reset_after, update_keeps).fill(allow_unbounded, reset_gate=reset_gate, update_gate=update_gate, candidate=candidate)
-        super().__init__(cell, input_size, hidden_size, bias, batch_first, device, dtype, x_projection=x_projection, backend=backend)
+        cell = cells.gru(reset_after, update_keeps).fill(
+            allow_unbounded,
+            reset_gate=reset_gate, update_gate=update_gate, candidate=candidate)
+        super().__init__(
+            cell, input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, device, dtype, x_projection=x_projection, backend=backend)
 
-# %% ../nbs/24_layers.ipynb #6cd07604
-class LSTM(RecurrentLayer):
-    "Long short-term memory with any gate in its slots; by default exactly `torch.nn.LSTM` (Gers et al. 2000)."
+# %% ../nbs/24_layers.ipynb #92e6d1d3
+class LSTM(_SingleLayer):
+    "Long short-term memory (Gers et al. 2000) with any gates; by default `torch.nn.LSTM`."
 
     def __init__(self,
         input_size: int,                       # features of the input
@@ -206,40 +278,48 @@ class LSTM(RecurrentLayer):
         output_gate: Gate | str = "sigmoid",   # multiplies what the memory shows
         candidate: Gate | str = "tanh",        # function of the candidate
         allow_unbounded: bool = False,         # accept a forget gate that leaves [0, 1]
-        x_projection: bool = False,            # gates see a learned linear map of the input in place of the input
+        x_projection: bool = False,            # gates see a learned map of the input as x
         backend: str = "auto",                 # engine
     ):
-        _single("LSTM", num_layers, dropout, bidirectional)
-        if proj_size: raise NotImplementedError(f"proj_size is {proj_size!r}; only 0 is supported")
-        cell = cells.lstm().fill(allow_unbounded, input_gate=input_gate, forget_gate=forget_gate, output_gate=output_gate, candidate=candidate)
-        super().__init__(cell, input_size, hidden_size, bias, batch_first, device, dtype, x_projection=x_projection, backend=backend)
+        if proj_size:
+            raise NotImplementedError(f"proj_size is {proj_size!r}; only 0 is supported")
+        cell = cells.lstm().fill(
+            allow_unbounded, input_gate=input_gate, forget_gate=forget_gate,
+            output_gate=output_gate, candidate=candidate)
+        super().__init__(
+            cell, input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, device, dtype, x_projection=x_projection, backend=backend)
 
-# %% ../nbs/24_layers.ipynb #3fe6a9cf
-class MGU(RecurrentLayer):
-    "Minimal gated unit with any gate in its slots (Zhou et al. 2016)."
+# %% ../nbs/24_layers.ipynb #6f2f20e6
+class MGU(_SingleLayer):
+    "Minimal gated unit (Zhou et al. 2016) with any gates."
 
     def __init__(self,
-        input_size: int,                           # features of the input
-        hidden_size: int,                          # units
-        num_layers: int = 1,                       # only 1
-        bias: bool = True,                         # whether the products have biases
-        batch_first: bool = False,                 # sequences come as (batch, time, …)
-        dropout: float = 0.0,                      # only 0
-        bidirectional: bool = False,               # only False
-        device=None,                               # of the weights
-        dtype=None,                                # of the weights
+        input_size: int,                        # features of the input
+        hidden_size: int,                       # units
+        num_layers: int = 1,                    # only 1
+        bias: bool = True,                      # whether the products have biases
+        batch_first: bool = False,              # sequences come as (batch, time, …)
+        dropout: float = 0.0,                   # only 0
+        bidirectional: bool = False,            # only False
+        device=None,                            # of the weights
+        dtype=None,                             # of the weights
         *,
-        gate: Gate | str | None = None,            # one gate in both places, with one set of parameters; by default "sigmoid"
-        reset_gate: Gate | str | None = None,      # or: the gate that resets, with parameters of its own
-        update_gate: Gate | str | None = None,     # and the gate that mixes, with parameters of its own
-        candidate: Gate | str = "tanh",            # function of the candidate
-        allow_unbounded: bool = False,             # accept a mixing gate that leaves [0, 1]
-        x_projection: bool = False,                # gates see a learned linear map of the input in place of the input
-        backend: str = "auto",                     # engine
+        gate: Gate | str | None = None,         # one gate in both places; by default "sigmoid"
+        reset_gate: Gate | str | None = None,   # or: the one that resets, with own parameters
+        update_gate: Gate | str | None = None,  # and the one that mixes, with own parameters
+        candidate: Gate | str = "tanh",         # function of the candidate
+        allow_unbounded: bool = False,          # accept a mixing gate that leaves [0, 1]
+        x_projection: bool = False,             # gates see a learned map of the input as x
+        backend: str = "auto",                  # engine
     ):
-        _single("MGU", num_layers, dropout, bidirectional)
-        two = {slot: g for slot, g in (("reset_gate", reset_gate), ("update_gate", update_gate)) if g is not None}
-        if gate is not None and two: raise ValueError(f"gate is {gate!r} and {list(two)} are given as well; expected one gate for both places or two")
-        one = {"gate": gate} if gate is not None else {}
-        cell = cells.mgu(shared=not two).fill(allow_unbounded, **one, **two, candidate=candidate)
-        super().__init__(cell, input_size, hidden_size, bias, batch_first, device, dtype, x_projection=x_projection, backend=backend)
+        slots = {"gate": gate, "reset_gate": reset_gate, "update_gate": update_gate}
+        given = {slot: chosen for slot, chosen in slots.items() if chosen is not None}
+        two = [slot for slot in given if slot != "gate"]
+        if gate is not None and two:
+            raise ValueError(f"gate is {gate!r} and {two} are given as well; "
+                             "expected one gate for both places or two")
+        cell = cells.mgu(shared=not two).fill(allow_unbounded, candidate=candidate, **given)
+        super().__init__(
+            cell, input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, device, dtype, x_projection=x_projection, backend=backend)

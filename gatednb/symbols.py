@@ -6,20 +6,23 @@ __all__ = ['s', 'x', 'torch_names', 'EquationSymbol', 'PreActivation', 'Input', 
            'PagePrinter', 'latex']
 
 # %% ../nbs/02_symbols.ipynb #48206417
+import functools
+
 import sympy
 import torch
-from sympy import Abs, Heaviside, Max, Min, Rational, cosh, exp, log, sign, sinh, sqrt, tanh
+from sympy import Abs, cosh, exp, log, sign, sinh, tanh
 from sympy.printing.latex import LatexPrinter
 from sympy.printing.pycode import PythonCodePrinter
 
 # %% ../nbs/02_symbols.ipynb #3102bda6
 class EquationSymbol(sympy.Symbol):
     "A real number per hidden unit, in the equation of a gate or a cell."
+    template = "{}"
 
-    def __new__(cls, name: str, **assumptions): return super().__new__(cls, name, real=True)
+    def __new__(cls, name: str, **assumptions):    # unpickling passes the assumptions made here
+        return super().__new__(cls, name, real=True)
 
     def _latex(self, printer): return self.template.format(sympy.latex(sympy.Symbol(self.name)))
-    template = "{}"
 
 # %% ../nbs/02_symbols.ipynb #5bd83f1c
 class PreActivation(EquationSymbol):
@@ -86,41 +89,43 @@ class sigmoid(sympy.Function):
         return value if exp is None else f"{value}^{{{exp}}}"
 
 # %% ../nbs/02_symbols.ipynb #799c6b1c
-torch_names = {f.__name__: f"torch.{name}" for f, name in [
-    (sigmoid, "sigmoid"), (tanh, "tanh"), (exp, "exp"), (log, "log"), (sinh, "sinh"), (cosh, "cosh"), (Abs, "abs"), (sign, "sign")]}
+torch_names = {f.__name__: f"torch.{f.__name__.lower()}"
+               for f in (sigmoid, tanh, exp, log, sinh, cosh, Abs, sign)}
+torch_names["Heaviside"] = "heaviside"    # defined below, as are maximum and minimum
 
+# %% ../nbs/02_symbols.ipynb #06b3ba84
 class TorchPrinter(PythonCodePrinter):
-    "Prints an expression as Python code on tensors; a function that it does not know is an error that names it."
+    "Prints an expression as Python code on tensors."
+
+    def _print(self, expr, **kwargs):
+        is_number = isinstance(expr, sympy.Expr) and expr.is_number
+        if is_number and not expr.is_Rational: return repr(float(expr))
+        if isinstance(expr, sympy.Function): return self._print_Function(expr)
+        return super()._print(expr, **kwargs)
 
     def _print_Function(self, expr):
         name = type(expr).__name__
         if name not in torch_names:
-            raise ValueError(f"expr contains the function {name!r}, which cannot be computed on tensors; "
-                             f"expected one of {', '.join([*torch_names, 'Max', 'Min', 'sqrt'])}")
+            known = ", ".join([*torch_names, "Max", "Min", "sqrt"])
+            raise ValueError(f"expr contains the function {name!r}, which cannot be computed "
+                             f"on tensors; expected one of {known}")
         return f"{torch_names[name]}({self._print(expr.args[0])})"
 
-    def _extremum(self, expr, name):
-        first, *rest = map(self._print, expr.args)
-        for arg in rest: first = f"{name}({first}, {arg})"
-        return first
+    def _print_Max(self, expr): return self._pairwise("maximum", expr.args)
+    def _print_Min(self, expr): return self._pairwise("minimum", expr.args)
 
-    def _print_Max(self, expr): return self._extremum(expr, "maximum")
-    def _print_Min(self, expr): return self._extremum(expr, "minimum")
-    def _print_Heaviside(self, expr): return f"heaviside({self._print(expr.args[0])})"
+    def _pairwise(self, name, args):
+        return functools.reduce(lambda a, b: f"{name}({a}, {b})", map(self._print, args))
 
-    def _print(self, expr, **kwargs):                              # a number such as log(1 + sqrt(2)) is no matter for tensors
-        if isinstance(expr, sympy.Expr) and expr.is_number and not expr.is_Rational: return repr(float(expr))
-        return super()._print(expr, **kwargs)
 
-for f in (sigmoid, tanh, exp, log, sinh, cosh, Abs, sign):          # SymPy looks a printing method up by the class's name
-    setattr(TorchPrinter, f"_print_{f.__name__}", TorchPrinter._print_Function)
 
 # %% ../nbs/02_symbols.ipynb #62a0a3ca
 def _tensors(a, b):
     "Both arguments as tensors, a plain number taking the type and the device of the other."
     like = a if isinstance(a, torch.Tensor) else b
-    return (v if isinstance(v, torch.Tensor) else torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (a, b))
+    return (torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (a, b))
 
+# %% ../nbs/02_symbols.ipynb #8eddd18a
 namespace = {"torch": torch, "sqrt": torch.sqrt,
              "maximum": lambda a, b: torch.maximum(*_tensors(a, b)),
              "minimum": lambda a, b: torch.minimum(*_tensors(a, b)),
@@ -134,7 +139,8 @@ def assignment(
 ) -> list[str]:              # lines of code, the last of which assigns to `target`
     "Code that computes `expr`, every subexpression that occurs twice computed once."
     write = printer({"fully_qualified_modules": False}).doprint
-    shared, (value,) = sympy.cse(expr, symbols=sympy.numbered_symbols(f"{target}_"), order="none")
+    names = sympy.numbered_symbols(f"{target}_")
+    shared, (value,) = sympy.cse(expr, symbols=names, order="none")
     return [f"{name} = {write(part)}" for name, part in [*shared, (target, value)]]
 
 # %% ../nbs/02_symbols.ipynb #0cf43c20
@@ -154,8 +160,8 @@ def compile_function(
 def torch_function(
     expr: sympy.Expr,     # an expression in `args`
     *args: sympy.Symbol,  # its arguments, in the order of the call
-):                        # function on tensors (or numbers where PyTorch takes them), with its text as `.source`
-    "A function on tensors that computes `expr`; what PyTorch cannot compute is a `ValueError` that names it."
+):                        # function on tensors, with its text as `.source`
+    "A function that computes `expr`; what cannot be computed is a `ValueError` that names it."
     return compile_function("function", args, [*assignment("value", expr), "return value"])
 
 # %% ../nbs/02_symbols.ipynb #8ad87e28
@@ -171,6 +177,7 @@ class PagePrinter(LatexPrinter):
 
     def _print_Heaviside(self, expr, exp=None): return rf"[{self._print(expr.args[0])} > 0]"
 
+# %% ../nbs/02_symbols.ipynb #bff79008
 def latex(
     expr: sympy.Basic,    # any expression
 ) -> str:                 # LaTeX, without dollar signs
