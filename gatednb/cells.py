@@ -14,8 +14,8 @@ from sympy import tanh
 from sympy.core.symbol import Str
 
 from .gates import Gate, find_gate, patch
-from .symbols import (Candidate, GateValue, Input, NextState, PagePrinter, Parameter,
-                             PreActivation, State, StepInput, s)
+from .symbols import (Candidate, GateValue, NextState, PagePrinter, Parameter,
+                             PreActivation, State, StepInput, s, x)
 
 # %% ../nbs/05_cells.ipynb #cb2e081c
 class W(sympy.Function):
@@ -66,7 +66,11 @@ class Slot:
     ):
         self.name, self.default, self.carries = name, default, carries
 
-    def __call__(self, pre_activation): return GateCall(Str(self.name), pre_activation)
+    def __call__(self, pre_activation):
+        if not isinstance(pre_activation, PreActivation):
+            raise TypeError(f"slot {self.name!r} is applied to {pre_activation!r}; expected a "
+                            "PreActivation, with an equation of its own in the cell")
+        return GateCall(Str(self.name), pre_activation)
 
 # %% ../nbs/05_cells.ipynb #4fdcf70a
 def _products(equations, kind=W):
@@ -137,7 +141,7 @@ def schedule(self: Cell) -> list:    # of symbols of equations and `Phase`s
 def _check_known(self: Cell, graph):
     "Refuse symbols that neither an equation computes nor somebody gives."
     wanted = {a for found in graph.values() for a in found} - graph.keys() - set(self.states)
-    unknown = {a for a in wanted if not isinstance(a, (Input, StepInput, Parameter))}
+    unknown = {a for a in wanted if a != x and not isinstance(a, (StepInput, Parameter))}
     if unknown:
         raise ValueError(f"equations of cell {self.name!r} use {sorted(map(str, unknown))}, "
                          f"which nothing computes; it has the states {list(self.states)} "

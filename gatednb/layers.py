@@ -87,7 +87,8 @@ def reset_parameters(self: RecurrentLayer):
     draw(("weight_ih", "weight_hh", "bias_"), self.hidden_size)
     draw("weight_xh", self.input_size)
     for slot, gate in self.cell.gates.items():
-        for name, value in gate.initial_parameters(self.hidden_size).items():
+        start = gate.initial_parameters(self.hidden_size, torch.float64)     # rounded once, on copying
+        for name, value in start.items():
             with torch.no_grad(): self._parameters[f"{slot}_{name}_l0"].copy_(value)
 
 # %% ../nbs/24_layers.ipynb #2f38f961
