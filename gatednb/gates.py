@@ -184,7 +184,8 @@ def derivative(self: Gate,
 def _repr_latex_(self: Gate):
     lines = [rf"g &= {latex(self.expr)}"]
     if not self.expr.has(sympy.Sum):
-        lines.append(rf"\frac{{\partial g}}{{\partial s}} &= {latex(self.derivative())}")
+        slope = sympy.factor_terms(self.derivative(), clear=False)          # 2 (1 - σ), not 2 - 2 σ
+        lines.append(rf"\frac{{\partial g}}{{\partial s}} &= {latex(slope)}")
     return r"$\displaystyle \begin{aligned}" + r" \\ ".join(lines) + r"\end{aligned}$"
 
 @patch
