@@ -21,7 +21,8 @@ def dictionary(
 ) -> np.ndarray:
     "Evenly spaced points; impossible ones are a `ValueError`."
     if size < 2: raise ValueError(f"dictionary_size is {size}; expected at least 2 points")
-    if not bounds[0] < bounds[1]: raise ValueError(f"bounds are {bounds}; expected (first, last) with first < last")
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds are {bounds}; expected (first, last) with first < last")
     return np.linspace(*bounds, size)
 
 def bandwidth(
@@ -36,7 +37,7 @@ def identity_coefficients(
     gamma: float,               # the bandwidth
     eps: float,                 # added to the diagonal, positive
 ) -> np.ndarray:                # mixing coefficients, one for each point
-    "Coefficients for which KAF(s) is nearly s, by kernel ridge regression (Scardapane et al. 2018, (11))."
+    "Coefficients that make KAF(s) nearly s: ridge regression (Scardapane et al. 2018, (11))."
     if not eps > 0: raise ValueError(f"eps is {eps}; expected a positive number")
     kernel = np.exp(-gamma * np.subtract.outer(points, points)**2)
     return np.linalg.solve(kernel + eps * np.eye(len(points)), points)
@@ -47,18 +48,21 @@ def kernel_gate(
     dictionary_size: int = 10,                 # number of points D, at least 2
     bounds: tuple[float, float] = (-4., 4.),   # first and last point of the dictionary
     eps: float = 1e-4,                         # ridge of the initialisation, positive
-    residual: bool = True,                     # half of s beside half of the sum; without, the sum alone
-    init: str = "identity",                    # "identity", or "random" for coefficients from N(0, 1)
-) -> Gate:                                     # with parameters alpha, shape (D,), and log_gamma, shape ()
-    "A gate whose shape each unit learns (Scardapane et al. 2018, (7)–(11); without residual or with random init: section 4.3)."
-    if init not in ("identity", "random"): raise ValueError(f"init is {init!r}; expected 'identity' or 'random'")
+    residual: bool = True,                     # half the sum and half of s; else the sum alone
+    init: str = "identity",                    # "identity", or "random": each from N(0, 1)
+) -> Gate:                                     # with parameters alpha, (D,), and log_gamma, ()
+    "A gate whose shape each unit learns (Scardapane et al. 2018, (7)–(11), variants: 4.3)."
+    if init not in ("identity", "random"):
+        raise ValueError(f"init is {init!r}; expected 'identity' or 'random'")
     points = dictionary(dictionary_size, bounds)
     gamma = bandwidth(points)
     coefficients = identity_coefficients(points, gamma, eps)
+    start = coefficients if init == "identity" else torch.randn
     alpha, d, i = IndexedBase("alpha"), IndexedBase("d"), symbols("i", integer=True)
-    kaf = Sum(alpha[i] * exp(-exp(Parameter("log_gamma")) * (s - d[i])**2), (i, 0, dictionary_size - 1))
-    return Gate(name, sigmoid(kaf / 2 + s / 2) if residual else sigmoid(kaf),
-                params={"alpha": ((dictionary_size,), coefficients if init == "identity" else torch.randn), "log_gamma": ((), math.log(gamma))},
+    bump = exp(-exp(Parameter("log_gamma")) * (s - d[i])**2)
+    kaf = Sum(alpha[i] * bump, (i, 0, dictionary_size - 1))
+    params = {"alpha": ((dictionary_size,), start), "log_gamma": ((), math.log(gamma))}
+    return Gate(name, sigmoid(kaf / 2 + s / 2) if residual else sigmoid(kaf), params,
                 constants={"d": points}, source="Scardapane et al. 2018, (10)")
 
 # %% ../nbs/12_kaf.ipynb #ba9b975e
@@ -68,7 +72,7 @@ kaf_no_residual = register(kernel_gate("kaf_no_residual", residual=False))
 
 # %% ../nbs/12_kaf.ipynb #3fd483eb
 class KAFGRU(GRU):
-    "GRU whose reset and update gates are kernel gates; resets before the product, z writes (Scardapane et al. 2018)."
+    "GRU with two kernel gates, reset before, z writes (Scardapane et al. 2018)."
 
     def __init__(self,
         input_size: int,                           # features of the input
@@ -79,8 +83,9 @@ class KAFGRU(GRU):
         eps: float = 1e-4,                         # ridge of the initialisation, positive
         residual: bool = True,                     # half of s beside half of the sum
         init: str = "identity",                    # "identity" or "random"
-        **options,                                 # further arguments of `GRU`, by name; they take precedence over the paper's
+        **options,                                 # further arguments of `GRU`, by name
     ):
         gate = kernel_gate("kaf", dictionary_size, bounds, eps, residual, init)
-        paper = {"reset_gate": gate, "update_gate": gate, "reset_after": False, "update_keeps": False}
+        paper = {"reset_gate": gate, "update_gate": gate,
+                 "reset_after": False, "update_keeps": False}
         super().__init__(input_size, hidden_size, *args, **paper | options)

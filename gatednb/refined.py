@@ -11,10 +11,12 @@ from .layers import GRU, LSTM, MGU
 from .symbols import s, x
 
 # %% ../nbs/11_refined.ipynb #01d89641
-refined_add = register(Gate("refined_add", sigmoid(s) + x, range=(-math.inf, math.inf), source="Cheng et al. 2020, (4) with +"))
+refined_add = register(Gate("refined_add", sigmoid(s) + x, range=(-math.inf, math.inf),
+                            source="Cheng et al. 2020, (4) with +"))
 
 # %% ../nbs/11_refined.ipynb #e0f20bc2
-refined_mul = register(Gate("refined_mul", sigmoid(s) * x, range=(-math.inf, math.inf), source="Cheng et al. 2020, (4) with ×"))
+refined_mul = register(Gate("refined_mul", sigmoid(s) * x, range=(-math.inf, math.inf),
+                            source="Cheng et al. 2020, (4) with ×"))
 
 # %% ../nbs/11_refined.ipynb #cd9f5044
 operations = {"add": refined_add, "mul": refined_mul}
@@ -23,9 +25,10 @@ def refined_gate(
     op: str,         # "add" or "mul"
 ) -> Gate:
     "The refined gate of an operation; another one is a `ValueError`."
-    if op not in operations: raise ValueError(f"op is {op!r}; expected one of {list(operations)}")
-    return operations[op]
+    if op in operations: return operations[op]
+    raise ValueError(f"op is {op!r}; expected one of {list(operations)}")
 
+# %% ../nbs/11_refined.ipynb #8664d2b9
 class RefinedLSTM(LSTM):
     "LSTM with refined input and output gates (Cheng et al. 2020, (5))."
 
@@ -37,13 +40,16 @@ class RefinedLSTM(LSTM):
         op: str = "add",          # "add" or "mul"
         **options,                # further arguments of `LSTM`, by name
     ):
-        slots = {"input": ["input_gate"], "output": ["output_gate"], "both": ["input_gate", "output_gate"]}
-        if refine not in slots: raise ValueError(f"refine is {refine!r}; expected one of {list(slots)}")
-        super().__init__(input_size, hidden_size, *args, **dict.fromkeys(slots[refine], refined_gate(op)) | options)
+        slots = {"input": ["input_gate"], "output": ["output_gate"],
+                 "both": ["input_gate", "output_gate"]}
+        if refine not in slots:
+            raise ValueError(f"refine is {refine!r}; expected one of {list(slots)}")
+        paper = dict.fromkeys(slots[refine], refined_gate(op))
+        super().__init__(input_size, hidden_size, *args, **paper | options)
 
-# %% ../nbs/11_refined.ipynb #6f26ab74
+# %% ../nbs/11_refined.ipynb #9c9cc7eb
 class RefinedGRU(GRU):
-    "GRU-RR: refined reset gate, reset before the product, z keeps (Cheng et al. 2020, (2) and (7))."
+    "GRU-RR: refined reset gate, reset before, z keeps (Cheng et al. 2020, (2) and (7))."
 
     def __init__(self,
         input_size: int,          # features of the input
@@ -52,10 +58,12 @@ class RefinedGRU(GRU):
         op: str = "add",          # "add" or "mul"
         **options,                # further arguments of `GRU`, by name
     ):
-        super().__init__(input_size, hidden_size, *args, **{"reset_gate": refined_gate(op), "reset_after": False} | options)
+        paper = {"reset_gate": refined_gate(op), "reset_after": False}
+        super().__init__(input_size, hidden_size, *args, **paper | options)
 
+# %% ../nbs/11_refined.ipynb #87314cb3
 class RefinedMGU(MGU):
-    "MGU-RF: its gate refined where it resets, plain where it mixes (Cheng et al. 2020, (3) and (8))."
+    "MGU-RF: its gate refined where it resets, plain where it mixes (Cheng et al. 2020, (8))."
 
     def __init__(self,
         input_size: int,          # features of the input
@@ -64,4 +72,5 @@ class RefinedMGU(MGU):
         op: str = "add",          # "add" or "mul"
         **options,                # further arguments of `MGU`, by name
     ):
-        super().__init__(input_size, hidden_size, *args, **{"reset_gate": refined_gate(op), "update_gate": sigmoid} | options)
+        paper = {"reset_gate": refined_gate(op), "update_gate": sigmoid}
+        super().__init__(input_size, hidden_size, *args, **paper | options)

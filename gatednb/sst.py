@@ -13,20 +13,23 @@ from .layers import GRU
 from .symbols import s
 
 # %% ../nbs/10_sst.ipynb #81326a24
-squared_sigmoid = register(Gate("squared_sigmoid", sigmoid(s)**2, source="Subramanian, Jeyaraj and Paul 2024, SS"))
+squared_sigmoid = register(Gate("squared_sigmoid", sigmoid(s)**2,
+                                source="Subramanian, Jeyaraj and Paul 2024, SS"))
 
 # %% ../nbs/10_sst.ipynb #80afbad0
-squared_tanh = register(Gate("squared_tanh", tanh(s) * Abs(tanh(s)), range=(-1, 1), source="Subramanian, Jeyaraj and Paul 2024, ST"))
+squared_tanh = register(Gate("squared_tanh", tanh(s) * Abs(tanh(s)), range=(-1, 1),
+                             source="Subramanian, Jeyaraj and Paul 2024, ST"))
 
 # %% ../nbs/10_sst.ipynb #f3c5032b
 class SSTGRU(GRU):
-    "GRU with squared-sigmoid gates; resets before the product, z writes (Subramanian, Jeyaraj and Paul 2024)."
+    "GRU with squared sigmoids, reset before, z writes (Subramanian, Jeyaraj and Paul 2024)."
 
     def __init__(self,
         input_size: int,       # features of the input
         hidden_size: int,      # units
         *args,                 # further arguments of `GRU`, in its order
-        **options,             # further arguments of `GRU`, by name; they take precedence over the paper's
+        **options,             # further arguments of `GRU`, by name; they go before the paper's
     ):
-        paper = {"reset_gate": squared_sigmoid, "update_gate": squared_sigmoid, "reset_after": False, "update_keeps": False}
+        paper = {"reset_gate": squared_sigmoid, "update_gate": squared_sigmoid,
+                 "reset_after": False, "update_keeps": False}
         super().__init__(input_size, hidden_size, *args, **paper | options)

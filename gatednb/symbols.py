@@ -157,6 +157,7 @@ def compile_function(
     return scope[name]
 
 # %% ../nbs/02_symbols.ipynb #0f6e0ba0
+@functools.lru_cache(maxsize=512)
 def torch_function(
     expr: sympy.Expr,     # an expression in `args`
     *args: sympy.Symbol,  # its arguments, in the order of the call
