@@ -57,14 +57,30 @@ def _check(self: Gate):
     if not low < high:
         raise ValueError(f"range of gate {self.name!r} is {self.range}; "
                          "expected (smallest, largest)")
+    self._check_params()
+    declared = {a for name, (shape, _) in self.params.items() for a in unit_symbols(name, shape).flat}
     free, indexed = self.equation.free_symbols, self.equation.atoms(Indexed)
-    unknown = {a.name for a in free if not isinstance(a, (*gate_symbols, Parameter))}
+    unknown = {a.name for a in free - declared if not isinstance(a, gate_symbols)}
     unknown |= {str(a.base) for a in indexed}
     if unknown:
         raise ValueError(f"expr of gate {self.name!r} contains unknown symbols "
                          f"{sorted(unknown)}; expected s, x, a state, a gate or another symbol "
                          "made by a class of gatednb.symbols, or one of its params "
                          f"{sorted(self.params)}")
+    torch_function(self.equation, *sorted(free, key=str))       # refuses a function without a program
+
+@patch
+def _check_params(self: Gate):
+    for name, (shape, initial) in self.params.items():
+        if not callable(initial) and np.shape(initial) not in ((), shape):
+            raise ValueError(f"params[{name!r}] of gate {self.name!r} starts from values of shape "
+                             f"{np.shape(initial)}; expected {shape}, a number or a function")
+    for a in self.expr.doit().atoms(Indexed):
+        shape = self.params.get(str(a.base), (None,))[0]
+        index = tuple(map(int, a.indices))
+        if shape is not None and (len(index) != len(shape) or any(not 0 <= i < n for i, n in zip(index, shape))):
+            raise ValueError(f"expr of gate {self.name!r} contains {a}; params[{str(a.base)!r}] "
+                             f"has shape {shape}")
 
 # %% ../nbs/03_gates.ipynb #22e8c88c
 def unit_symbols(
@@ -146,6 +162,9 @@ def evaluate(self: Gate,
     "The value of an expression in the gate's symbols; a wrong argument is a `TypeError`."
     if not isinstance(value, torch.Tensor):
         value = torch.as_tensor(value, dtype=torch.get_default_dtype())
+    if not value.is_floating_point():
+        raise TypeError(f"pre-activation of gate {self.name!r} has dtype {value.dtype}; "
+                        "expected a floating-point type")
     values = self._values(value, others)
     result = torch_function(expr, *values)(*values.values())
     shape = torch.broadcast_shapes(*(v.shape for v in values.values()))
@@ -200,11 +219,18 @@ def register(
 ) -> Gate:                  # the same gate
     "Enter a gate into the catalogue; a name that another equation has is a `ValueError`."
     taken = catalogue.get(gate.name, gate)
-    if taken.equation != gate.equation and not replace:
+    if _definition(taken) != _definition(gate) and not replace:
         raise ValueError(f"name {gate.name!r} is taken by {taken!r}; "
                          "expected another name, or replace=True")
     catalogue[gate.name] = gate
     return gate
+
+# %% ../nbs/03_gates.ipynb #370358ad
+def _definition(gate):
+    "What makes a gate this gate: two of equal definition are the same."
+    start = {name: (shape, initial if callable(initial) else np.asarray(initial).tolist())
+             for name, (shape, initial) in gate.params.items()}
+    return gate.equation, gate.range, start
 
 # %% ../nbs/03_gates.ipynb #4d01be05
 def find_gate(

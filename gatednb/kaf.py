@@ -20,9 +20,10 @@ def dictionary(
     bounds: tuple[float, float],     # first and last point
 ) -> np.ndarray:
     "Evenly spaced points; impossible ones are a `ValueError`."
-    if size < 2: raise ValueError(f"dictionary_size is {size}; expected at least 2 points")
-    if not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds are {bounds}; expected (first, last) with first < last")
+    if not isinstance(size, int) or size < 2:
+        raise ValueError(f"dictionary_size is {size!r}; expected an int of at least 2 points")
+    if np.shape(bounds) != (2,) or not -math.inf < bounds[0] < bounds[1] < math.inf:
+        raise ValueError(f"bounds are {bounds!r}; expected (first, last), finite, first < last")
     return np.linspace(*bounds, size)
 
 def bandwidth(
@@ -38,7 +39,8 @@ def identity_coefficients(
     eps: float,                 # added to the diagonal, positive
 ) -> np.ndarray:                # mixing coefficients, one for each point
     "Coefficients that make KAF(s) nearly s: ridge regression (Scardapane et al. 2018, (11))."
-    if not eps > 0: raise ValueError(f"eps is {eps}; expected a positive number")
+    if not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
+        raise ValueError(f"eps is {eps!r}; expected a positive, finite number")
     kernel = np.exp(-gamma * np.subtract.outer(points, points)**2)
     return np.linalg.solve(kernel + eps * np.eye(len(points)), points)
 

@@ -39,6 +39,8 @@ class RecurrentLayer(nn.Module):
         self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
         self.bias, self.batch_first, self.x_projection = bias, batch_first, x_projection
         self.backend, self.uses_x = backend, bool(symbols_of(cell, Input))
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; expected a floating-point type")
         self._check_arguments()
         self._make_parameters(device=device, dtype=dtype)
         self.reset_parameters()
@@ -154,11 +156,14 @@ def _run(self: RecurrentLayer, input, hx, step_inputs, trace):
 # %% ../nbs/24_layers.ipynb #31cd7111
 @patch
 def _check_input(self: RecurrentLayer, input):
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input is of type {type(input).__name__}; expected a Tensor")
     if input.dim() not in (2, 3):
         raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, "
                          f"got {input.dim()}D instead")
     dtype = self.weight_ih_l0.dtype
-    if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+    cast = input.is_floating_point() and torch.is_autocast_enabled(input.device.type)
+    if input.dtype != dtype and not cast:
         raise ValueError(f"input has dtype {input.dtype}; expected {dtype}, the weights' "
                          f"dtype: convert it by input.to({dtype})")
     if input.size(-1) != self.input_size:
@@ -180,6 +185,9 @@ def _initial_states(self: RecurrentLayer, sequence, hx, batched):
                            f"expected one for each of the states {names}")
     expected = (1, *shape) if batched else (1, self.hidden_size)
     for name, state in zip(names, given):
+        if not isinstance(state, Tensor):
+            raise TypeError(f"hx is of type {type(state).__name__} for state {name!r}; "
+                            "expected a Tensor")
         if tuple(state.shape) != expected:
             raise RuntimeError(f"hx: Expected hidden size {expected} for state {name!r}, "
                                f"got {tuple(state.shape)}")
@@ -200,6 +208,9 @@ def _check_step_inputs(self: RecurrentLayer, input, step_inputs):
         if tuple(value.shape) != expected:
             raise ValueError(f"step_inputs[{name!r}] has shape {tuple(value.shape)}; "
                              f"expected {expected}")
+        if value.dtype != input.dtype:
+            raise ValueError(f"step_inputs[{name!r}] has dtype {value.dtype}; "
+                             f"expected {input.dtype}, the input's")
     return given
 
 # %% ../nbs/24_layers.ipynb #3fe6a9cf

@@ -11,6 +11,7 @@ import re
 
 import matplotlib.pyplot as plt
 import numpy as np
+import sympy
 import torch
 from IPython.display import HTML, display
 
@@ -250,6 +251,12 @@ def _draw_way(axes, way, source, target):
         axes.annotate("", end, start, arrowprops=line | at_ends)
 
 # %% ../nbs/93_plots.ipynb #d52c2f22
+def _spoken(cell, e):
+    "An equation in words, with the gate of each slot by its name."
+    name = lambda slot: cell.gates[slot.name].name if cell.gates else slot.name
+    return str(e.replace(GateCall, lambda slot, a: sympy.Function(name(slot))(a)))
+
+# %% ../nbs/93_plots.ipynb #7640bfe3
 def draw_cell(
     cell: Cell,        # with or without gates in its slots
 ):
@@ -263,7 +270,7 @@ def draw_cell(
     axes.axis("off")
     boxes = {n: _draw_node(axes, positions[n], *nodes[n]) for n in nodes}
     for (a, b), way in ways.items(): _draw_way(axes, way, boxes[a], boxes[b])
-    equations = ", ".join(f"{a.name.replace('_next', ' (new)')} = {e}"
+    equations = ", ".join(f"{a.name.replace('_next', ' (new)')} = {_spoken(cell, e)}"
                           for a, e in cell.template.items())
     show(figure, f"Data flow of one step of the {cell.name}, from x and the old states on the "
                  f"left to the new states on the right: {equations}")

@@ -176,6 +176,9 @@ class PagePrinter(LatexPrinter):
             return name if exp is None else f"{name}^{{{exp}}}"
         return super()._print_ExpBase(expr, exp)
 
+    def _print_Abs(self, expr, exp=None):           # a bar would end the column of a table
+        return rf"\left\lvert {self._print(expr.args[0])} \right\rvert" + (f"^{{{exp}}}" if exp else "")
+
     def _print_Heaviside(self, expr, exp=None): return rf"[{self._print(expr.args[0])} > 0]"
 
 # %% ../nbs/02_symbols.ipynb #bff79008
