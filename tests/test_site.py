@@ -45,6 +45,15 @@ def test_formulas_are_rendered(opened):
     sources, rendered = page.locator(".bd-article .math").count(), page.locator(".bd-article .math mjx-container").count()
     assert rendered >= sources
     assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
+    raw = page.evaluate("""() => {
+        const walker = document.createTreeWalker(document.querySelector(".bd-article"), NodeFilter.SHOW_TEXT), found = [];
+        while (walker.nextNode()) {
+            const node = walker.currentNode;
+            if (node.data.includes("$") && !node.parentElement.closest("pre, code, script, style, svg, mjx-container")) found.push(node.data.trim());
+        }
+        return found;
+    }""")
+    assert raw == []                                                            # a dollar in prose is a formula that was not read
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_accessible(opened, mode):
