@@ -35,6 +35,7 @@ class Gate:
         params, constants = params or {}, constants or {}
         self.params = {key: (tuple(shape), initial) for key, (shape, initial) in params.items()}
         self.constants = {key: [float(v) for v in values] for key, values in constants.items()}
+        self._equation = None      # `equation`, once somebody asks for it: a gate never changes
         self._check()
 
 # %% ../nbs/03_gates.ipynb #fd32d40a
@@ -97,6 +98,11 @@ def unit_symbols(
 @patch(as_prop=True)
 def equation(self: Gate) -> sympy.Expr:
     "The expression with sums written out, constants put in and a symbol for each parameter."
+    if self._equation is None: self._equation = self._written_out()
+    return self._equation
+
+@patch
+def _written_out(self: Gate):
     expr = self.expr.doit()
     params = {name: unit_symbols(name, shape) for name, (shape, _) in self.params.items()}
     values = {name: np.array(numbers) for name, numbers in self.constants.items()} | params

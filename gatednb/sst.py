@@ -4,8 +4,6 @@
 __all__ = ['squared_sigmoid', 'squared_tanh', 'SSTGRU']
 
 # %% ../nbs/10_sst.ipynb #79eacf10
-import math
-
 from sympy import Abs
 
 from .gates import Gate, register, sigmoid, tanh

@@ -117,8 +117,6 @@ class TorchPrinter(PythonCodePrinter):
     def _pairwise(self, name, args):
         return functools.reduce(lambda a, b: f"{name}({a}, {b})", map(self._print, args))
 
-
-
 # %% ../nbs/02_symbols.ipynb #62a0a3ca
 def _tensors(a, b):
     "Both arguments as tensors, a plain number taking the type and the device of the other."
