@@ -4,7 +4,9 @@
 __all__ = ['engines', 'RecurrentLayer', 'GRU', 'LSTM', 'MGU']
 
 # %% ../nbs/24_layers.ipynb #c580f505
+import functools
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +14,13 @@ from torch.nn.functional import linear
 
 from . import cells
 from .cells import Cell
-from .engines import eager
+from .engines import eager, numba
 from .engines.eager import recurrent_blocks, symbols_of
 from .gates import Gate, patch
 from .symbols import Input, StepInput
 
 # %% ../nbs/24_layers.ipynb #60befcaa
-engines = {"eager": eager.run}    # backend → function that runs a cell over a sequence
+engines = {"eager": eager.run, "numba": numba.run}    # backend → what runs a cell over a sequence
 
 class RecurrentLayer(nn.Module):
     "Any cell as a layer: one direction, one level, on a sequence of inputs."
@@ -34,16 +36,19 @@ class RecurrentLayer(nn.Module):
         *,
         x_projection: bool = False,  # gates see a learned map of the input as x
         backend: str = "auto",       # engine, a key of `engines`, or "auto"
+        recompute: bool = False,     # save memory: compute gates again on the way back
     ):
         super().__init__()
         self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
         self.bias, self.batch_first, self.x_projection = bias, batch_first, x_projection
-        self.backend, self.uses_x = backend, bool(symbols_of(cell, Input))
+        self.backend, self.recompute = backend, recompute
+        self.uses_x, self.step_inputs = bool(symbols_of(cell, Input)), symbols_of(cell, StepInput)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; expected a floating-point type")
         self._check_arguments()
         self._make_parameters(device=device, dtype=dtype)
         self.reset_parameters()
+        if backend != "eager": numba.refusal(cell, self.weight_ih_l0)    # makes the program
 
 # %% ../nbs/24_layers.ipynb #be0e0c9e
 @patch
@@ -136,6 +141,20 @@ def _as_given(self: RecurrentLayer, value, batched):
 
 # %% ../nbs/24_layers.ipynb #d5fa63bf
 @patch
+def _engine(self: RecurrentLayer, sequence, trace):
+    "The function that runs the cell."
+    if trace: return eager.run
+    if self.backend != "auto": return engines[self.backend]
+    reason = numba.refusal(self.cell, self.weight_ih_l0)
+    if reason is None: return numba.run
+    _warn_once(f"this {self.cell.name} runs in the slow eager engine: {reason}")
+    return eager.run
+
+@functools.cache
+def _warn_once(message): warnings.warn(message, stacklevel=5)
+
+# %% ../nbs/24_layers.ipynb #14c5cc33
+@patch
 def _run(self: RecurrentLayer, input, hx, step_inputs, trace):
     "Hidden states, final states and traced values."
     self._check_input(input)
@@ -146,12 +165,12 @@ def _run(self: RecurrentLayer, input, hx, step_inputs, trace):
     weights = {name.removesuffix("_l0"): w for name, w in self._parameters.items()}
     params = {name: weights.pop(name) for name in self.cell.params}
     x = linear(sequence, weights.pop("weight_xh")) if self.x_projection else sequence
-    engine = engines["eager" if self.backend == "auto" else self.backend]
-    histories, seen = engine(self.cell, sequence, states, **weights, x=x, params=params,
-                             step_inputs=step_inputs, trace=trace)
+    engine = self._engine(sequence, trace)
+    output, final, seen = engine(self.cell, sequence, states, **weights, x=x, params=params, trace=trace,
+                                 step_inputs=step_inputs, recompute=self.recompute)
     seen = {name: self._as_given(v, batched) for name, v in seen.items()}
-    final = tuple(h[-1:] if batched else h[-1] for h in histories)
-    return self._as_given(histories[0], batched), final if len(final) > 1 else final[0], seen
+    if batched: final = [state.unsqueeze(0) for state in final]
+    return self._as_given(output, batched), tuple(final) if len(final) > 1 else final[0], seen
 
 # %% ../nbs/24_layers.ipynb #31cd7111
 @patch
@@ -199,7 +218,7 @@ def _initial_states(self: RecurrentLayer, sequence, hx, batched):
 # %% ../nbs/24_layers.ipynb #6cd07604
 @patch
 def _check_step_inputs(self: RecurrentLayer, input, step_inputs):
-    given, wanted = dict(step_inputs or {}), symbols_of(self.cell, StepInput)
+    given, wanted = dict(step_inputs or {}), self.step_inputs
     if sorted(given) != wanted:
         raise ValueError(f"step_inputs has {sorted(given)}; "
                          f"the gates of this {self.cell.name} need {wanted}")
@@ -260,14 +279,16 @@ class GRU(_SingleLayer):
         update_keeps: bool = True,             # z multiplies the old state, else the candidate
         allow_unbounded: bool = False,         # accept an update gate that leaves [0, 1]
         x_projection: bool = False,            # gates see a learned map of the input as x
-        backend: str = "auto",                 # engine
+        backend: str = "auto",                 # "auto", "eager" or "numba"
+        recompute: bool = False,               # save memory: go through the gates again
     ):
         cell = cells.gru(reset_after, update_keeps).fill(
             allow_unbounded,
             reset_gate=reset_gate, update_gate=update_gate, candidate=candidate)
         super().__init__(
             cell, input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, device, dtype, x_projection=x_projection, backend=backend)
+            bidirectional, device, dtype, x_projection=x_projection,
+            backend=backend, recompute=recompute)
 
 # %% ../nbs/24_layers.ipynb #92e6d1d3
 class LSTM(_SingleLayer):
@@ -291,7 +312,8 @@ class LSTM(_SingleLayer):
         candidate: Gate | str = "tanh",        # function of the candidate
         allow_unbounded: bool = False,         # accept a forget gate that leaves [0, 1]
         x_projection: bool = False,            # gates see a learned map of the input as x
-        backend: str = "auto",                 # engine
+        backend: str = "auto",                 # "auto", "eager" or "numba"
+        recompute: bool = False,               # save memory: go through the gates again
     ):
         if proj_size:
             raise NotImplementedError(f"proj_size is {proj_size!r}; only 0 is supported")
@@ -300,7 +322,8 @@ class LSTM(_SingleLayer):
             output_gate=output_gate, candidate=candidate)
         super().__init__(
             cell, input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, device, dtype, x_projection=x_projection, backend=backend)
+            bidirectional, device, dtype, x_projection=x_projection,
+            backend=backend, recompute=recompute)
 
 # %% ../nbs/24_layers.ipynb #6f2f20e6
 class MGU(_SingleLayer):
@@ -323,7 +346,8 @@ class MGU(_SingleLayer):
         candidate: Gate | str = "tanh",         # function of the candidate
         allow_unbounded: bool = False,          # accept a mixing gate that leaves [0, 1]
         x_projection: bool = False,             # gates see a learned map of the input as x
-        backend: str = "auto",                  # engine
+        backend: str = "auto",                  # "auto", "eager" or "numba"
+        recompute: bool = False,                # save memory: go through the gates again
     ):
         slots = {"gate": gate, "reset_gate": reset_gate, "update_gate": update_gate}
         given = {slot: chosen for slot, chosen in slots.items() if chosen is not None}
@@ -334,4 +358,5 @@ class MGU(_SingleLayer):
         cell = cells.mgu(shared=not two).fill(allow_unbounded, candidate=candidate, **given)
         super().__init__(
             cell, input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, device, dtype, x_projection=x_projection, backend=backend)
+            bidirectional, device, dtype, x_projection=x_projection,
+            backend=backend, recompute=recompute)

@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from ..cells import Cell, Phase, W
 from ..gates import unit_symbols
@@ -75,10 +76,18 @@ def run(
     x: Tensor | None = None,                 # what gates see as x: (time, batch, hidden_size)
     params: Mapping[str, Tensor] = {},       # gate parameter → (shape per unit, hidden_size)
     step_inputs: Mapping[str, Tensor] = {},  # further input → (time, batch, hidden_size)
+    lengths: Tensor | None = None,           # of the sequences, (batch,), from 1 to time
+    recompute: bool = False,                 # save memory: go through each step again on the way back
     trace: tuple[str, ...] = (),             # names of equations to record
-) -> tuple[list[Tensor], dict[str, Tensor]]: # states after every step, and recorded values
-    "Run a cell over a sequence, in a loop over time of PyTorch's operations."
+) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:  # below
+    """Run a cell over a sequence, in a loop over time of PyTorch's operations.
+
+    Returns the first state after every step, (time, batch, hidden_size), the states after the
+    last step, each (batch, hidden_size), and name → recorded values like the first. A sequence
+    that has ended keeps its states, and its rows of the first and of recorded values are zero.
+    """
     step = step_function(cell, tuple(trace))
+    if recompute: step = functools.partial(checkpoint, step, use_reentrant=False)
     fixed = [*phase_weights(cell, weight_hh, bias_hh), *parameter_symbols(cell, params)]
     products = linear(input, weight_ih, bias_ih).unbind(0)
     seen = [x.unbind(0) for _ in symbols_of(cell, Input)]
@@ -86,11 +95,20 @@ def run(
     states, history = tuple(states), []
     for t, w in enumerate(products):
         values = step(w, *states, *(v[t] for v in seen), *fixed, *(v[t] for v in further))
-        states = values[:len(states)]
-        history.append(values)
-    columns, like = list(zip(*history)), states[0].to(input.dtype)
-    recorded = {name: _stack(v, like) for name, v in zip(trace, columns[len(states):])}
-    return [torch.stack(column) for column in columns[:len(states)]], recorded
+        shown, states = _while_running(values, states, t, lengths)
+        history.append(shown)
+    output, *recorded = zip(*history)
+    like = output[0].to(input.dtype)
+    return torch.stack(output), list(states), {a: _stack(v, like) for a, v in zip(trace, recorded)}
+
+# %% ../../nbs/21_eager.ipynb #90f9b1b3
+def _while_running(values, states, t, lengths):
+    "What a step shows, the first state and the recorded values; and the states after it."
+    new, recorded = values[:len(states)], values[len(states):]
+    if lengths is None: return (new[0], *recorded), new
+    runs_on = (t < lengths).unsqueeze(-1)
+    shown = [torch.where(runs_on, v, 0) for v in (new[0], *recorded)]
+    return shown, [torch.where(runs_on, *both) for both in zip(new, states)]
 
 # %% ../../nbs/21_eager.ipynb #6a99d3f1
 def _stack(column, like):
