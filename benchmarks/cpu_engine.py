@@ -3,19 +3,22 @@
     python benchmarks/cpu_engine.py            # three processes, about ten minutes; writes cpu_engine.json
     python benchmarks/cpu_engine.py --quick    # one process, few repetitions; writes nothing
 
-Each process times all layers in turn, again and again, so that what slows the machine down hits all
-of them alike, and takes the median of each. The figures are ratios within one process, and the
-median of three processes; bars are the ratios that the project holds itself to.
+Each process times all layers in turn, in a new order each time, so that what slows the machine down
+hits all of them alike, and takes the median of each. As in training, a layer runs some times in
+succession; the first time is not counted. The figures are ratios within one process, and the median
+of three processes; bars are the ratios that the project holds itself to.
 """
 import argparse
+import ctypes
 import json
 import os
 import platform
-import resource
+import random
 import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 SIZES = [(784, 32, 1, 100), (28, 32, 28, 100), (128, 64, 9, 128), (256, 16, 64, 256),
@@ -76,27 +79,36 @@ def measure(size, budget):
     times = {name: [] for name in (*theirs, *ours)}
     everything = {**theirs, **ours}
     for layer in everything.values(): step(layer, x, gradient)       # compiles
-    end = time.perf_counter() + budget
+    end, order = time.perf_counter() + budget, random.Random(0)
     while time.perf_counter() < end or len(times["nn.GRU"]) < 3:
-        for name, layer in everything.items(): times[name].append(step(layer, x, gradient))
+        for name in order.sample(list(times), len(times)):
+            step(everything[name], x, gradient)
+            times[name] += [step(everything[name], x, gradient) for _ in range(3)]
     return {name: statistics.median(found) for name, found in times.items()}
 
 
 def peak_memory(kind, size):
-    "Bytes that one pass forward and backward adds to what the process held before."
+    "Bytes that the first pass forward and backward adds to what the process held before."
     import torch
     T, B, features, hidden = size
-    recompute = kind == "recompute"
-    if kind == "nn.GRU": layer = torch.nn.GRU(features, hidden)
+    if kind == "nn.GRU": make = torch.nn.GRU
     else:
         from gatednb import GRU
-        layer = GRU(features, hidden, backend="numba")
-        layer.recompute = recompute
-    step(layer, torch.randn(2, B, features), torch.randn(2, B, hidden))     # compiles, starts threads
-    x, gradient = torch.randn(T, B, features), torch.randn(T, B, hidden)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        make = partial(GRU, backend="numba", recompute=kind == "recompute")
+    small = make(8, 16)      # loads or compiles the code and starts the threads, with little memory
+    step(small, torch.randn(200, 64, 8), torch.randn(200, 64, 16))
+    layer, x, gradient = make(features, hidden), torch.randn(T, B, features), torch.randn(T, B, hidden)
+    ctypes.CDLL(None).malloc_trim(0)                   # gives free memory back
+    Path("/proc/self/clear_refs").write_text("5")      # forgets earlier peaks
+    before = held("VmRSS")
     step(layer, x, gradient)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return held("VmHWM") - before
+
+
+def held(key):
+    "Bytes of memory that the system says this process holds, or once held."
+    line = next(line for line in Path("/proc/self/status").open() if line.startswith(key))
+    return 1024 * int(line.split()[1])
 
 
 def child(*arguments):

@@ -346,13 +346,14 @@ def gradient(self: _Backward, a):
     names = (f"g_{a.name}" + f"_{i}" * (i > 0) for i in itertools.count())
     taken = self.definitions.keys() | self.memory.keys()
     g = next(g for g in map(EquationSymbol, names) if g not in taken)
-    self.definitions[g] = Add(*self.terms.pop(a, []))
+    self.definitions[g] = sympy.factor_terms(Add(*self.terms.pop(a, [])))
     return g
 
 @patch
 def hand_on(self: _Backward, a):
     "Differentiate the statement of a symbol by all that it was computed from."
     g, e = self.gradient(a), self.statements[a]
+    if a not in self.cell.equations and not self.definitions[g].is_Add: g = self.definitions.pop(g)
     for b in _used(e):
         slope = _partial(e, b)
         _check(self.cell, a, slope, "derivative")

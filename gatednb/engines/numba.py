@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['tile_rows', 'tile_vectors', 'programs', 'cells', 'recurrent', 'recurrent_backward', 'step_text', 'TileArguments',
            'tile_text', 'tile_address', 'Operation', 'runs', 'input_runs', 'phase_runs', 'arrays_of', 'Operations',
-           'forward_steps', 'backward_steps', 'Entry', 'Header', 'Plan', 'team_text', 'workspace', 'program_key',
-           'forward', 'backward', 'refusal', 'run']
+           'forward_steps', 'backward_steps', 'Entry', 'Header', 'Plan', 'stretches', 'team_text', 'workspace',
+           'program_key', 'forward', 'backward', 'refusal', 'run']
 
 # %% ../../nbs/26_numba.ipynb #02bdee3b
 import ctypes
@@ -283,6 +283,31 @@ def product(self: Operations,
     where = self.after if over_time else self.before if before else self.inside
     where.append(Operation(0, *skips, depth, columns, added, int(over_time)))
 
+# %% ../../nbs/26_numba.ipynb #712b6e0f
+@patch
+def direct(self: Operations, features) -> bool:
+    "Whether rows of weights, with so many numbers, fill at least nine tenths of their vectors."
+    lanes = register_bytes // self.size
+    return self.group > 1 or features >= .9 * (-(-features // lanes) * lanes)
+
+@patch
+def weight_gradient(self: Operations,
+    name,                # of the gradient's array
+    block: int,          # the first of the weights
+    value,               # the array that is multiplied
+    features: int,       # its width
+    column: int,         # the first of the program's columns
+    count: int,          # of columns and blocks
+):
+    "Add the product, summed over time, that is the gradient of some blocks of weights."
+    H, pre = self.width, ("g_pre", column * self.width)
+    if self.direct(features):
+        self.product((name, block * H * features), pre, (value, 0), count * H, features,
+                     added=features, over_time=True)
+    else:
+        self.product((name, block * H), (value, 0), pre, features, count * H,
+                     added=count * H, over_time=True)
+
 # %% ../../nbs/26_numba.ipynb #7546a55c
 def forward_steps(do, recompute=False):
     "The operations of the forward direction; to recompute, without the new states."
@@ -320,8 +345,7 @@ def _phase_backward(do, k):
         pre = "g_pre", column * H
         do.product((to, 0), pre, ("weight_hh", block * H * H), count * H, H,
                    added=H * (is_state or i > 0))
-        do.product(("g_weight_hh", block * H), (f"v{k}", 0), pre, H, count * H,
-                   added=count * H, over_time=True)
+        do.weight_gradient("g_weight_hh", block, f"v{k}", H, column, count)
 
 # %% ../../nbs/26_numba.ipynb #41b3da70
 def _input_backward(do, input_gradient):
@@ -332,8 +356,7 @@ def _input_backward(do, input_gradient):
         if input_gradient:
             do.product(("g_input", 0), pre, ("weight_ih", block * H * I), count * H, I,
                        added=I * (i > 0))
-        do.product(("g_weight_ih", block * H), ("inputs", 0), pre, I, count * H,
-                   added=count * H, over_time=True)
+        do.weight_gradient("g_weight_ih", block, "inputs", I, column, count)
 
 # %% ../../nbs/26_numba.ipynb #58d2a261
 @patch
@@ -348,43 +371,45 @@ def targets(self: Operations, biases: int):
     return torch.tensor([*found, *range(len(p.columns), len(p.parameters))])
 
 # %% ../../nbs/26_numba.ipynb #fd65266f
-@functools.lru_cache(maxsize=256)
-def _rows_of(do, biases):
-    "`targets`, for each row of the array two given rows that it is the sum of, and zeros."
-    targets = do.targets(biases)
-    nothing = [len(targets)] * 2                # a row of zeros behind the given ones
-    found = [(torch.nonzero(targets == i).flatten().tolist() + nothing)[:2]
-             for i in range(len(do.program.parameters))]
-    zeros = torch.zeros(do.width * do.group, dtype=getattr(torch, do.dtype))
-    return targets, *(v.contiguous() for v in torch.tensor(found).view(-1, 2).unbind(-1)), zeros
+def _array(tensor):
+    "The numbers of a tensor; NumPy needs less time than PyTorch for few of them, and no threads."
+    return tensor.detach().numpy()
 
-def _to_rows(do, given, biases):
-    "Biases and parameters of gates as rows of one tensor; they have the unit as last axis."
-    _, first, second, zeros = _rows_of(do, biases)
-    flat = torch.cat([*(v.reshape(-1) for v in given), zeros]).view(-1, len(zeros))
-    return flat.index_select(0, first).add_(flat.index_select(0, second))
+@functools.lru_cache(maxsize=256)
+def _targets(do, biases, counts):
+    "For each of the given tensors, with so many rows: the rows of the array."
+    return np.split(do.targets(biases).numpy(), np.cumsum(counts)[:-1])
+
+def _targets_of(do, given, biases):
+    width = do.width * do.group
+    return _targets(do, biases, tuple(v.numel() // width for v in given))
+
+def _to_rows(do, given, biases, rows):
+    "Write biases and parameters of gates into rows; they have the unit as last axis."
+    rows = _array(rows)
+    rows.fill(0)
+    for v, targets in zip(given, _targets_of(do, given, biases)):
+        rows[targets] += _array(v).reshape(len(targets), -1)
 
 def _from_rows(do, rows, given, biases):
     "The gradients of biases and parameters, from those of the rows."
-    if not given: return []
-    found, width = rows.index_select(0, _rows_of(do, biases)[0]), rows.shape[-1]
-    parts = torch.split_with_sizes_copy(found, [v.numel() // width for v in given])
-    return [part.view(v.shape) for part, v in zip(parts, given)]
+    rows, targets = _array(rows), _targets_of(do, given, biases)
+    return [torch.from_numpy(rows[i]).view(v.shape) for v, i in zip(given, targets)]
 
 # %% ../../nbs/26_numba.ipynb #1195a612
 class Entry(NamedTuple):
-    "Where an array lies, in bytes, but for the distance of its rows, in elements."
-    start: int = 0        # address at the first step that is done
+    "Where an array lies, counted from the address of a tensor: in bytes, but for `row`."
+    start: int = 0        # distance of step 0
     by_time: int = 0      # distance of steps; -1 for rows that follow each other for a whole chunk
-    row: int = 0          # distance of rows
-    first: int = 0        # address at step 0, if that is elsewhere
+    row: int = 0          # distance of rows, in elements
     by_sequence: int = 0  # distance of what belongs to sequences
     by_thread: int = 0    # distance of what belongs to threads
 
-    def of(self, thread, sequence):
-        "The entry of one thread, which begins with a certain sequence: the first four."
+    def of(self, thread, sequence, last):
+        "Start and distances for a thread whose share begins with a sequence; the first step is `last`."
         skip = thread * self.by_thread + sequence * self.by_sequence
-        return self.start + skip, self.by_time, self.row, self.first and self.first + skip
+        if not last or self.by_time == -1: return self.start + skip, self.by_time, self.row
+        return self.start + skip + last * self.by_time, -self.by_time, self.row
 
 # %% ../../nbs/26_numba.ipynb #7dcf5ccd
 class Header(NamedTuple):
@@ -424,89 +449,107 @@ class Plan:
         active=None,        # for each thread, rows still running at each step
         ahead=1,            # steps whose products with the input are made at once
     ):
-        self.do, self.steps, self.shares, self.backward = do, steps, shares, backward
-        self.capacity, self.active, self.ahead = capacity, active, ahead
-        self.most = max(rows for _, rows in shares)
-        self.entries, self.kept = {}, []      # the memory must stay until the threads are done
+        self.form = do, steps, tuple(shares), backward, capacity, ahead
+        self.size, self.threads, self.active = do.size, len(shares), active
+        self.capacity, self.most = capacity, max(rows for _, rows in shares)
+        self.entries = []    # for each array: its name, its entry, whether step 0 is elsewhere
+        self.tensors = []    # for each array: its tensor, and that of step 0 or None
 
 # %% ../../nbs/26_numba.ipynb #548ddcfd
 @patch
 def sequence(self: Plan, name, tensor, first=None, shift=0):
     "An array with a row per step and sequence, (time, batch, …); at step 0 it is `first`."
-    time, row, _ = tensor.stride()
-    by_time, start = time * self.do.size, tensor.data_ptr()
-    start += shift * by_time
-    if self.backward: start, by_time = start + (self.steps - 1) * by_time, -by_time
-    elsewhere = 0 if first is None else first.data_ptr()
-    self.entries[name] = Entry(start, by_time, row, elsewhere, row * self.do.size)
-    self.kept += tensor, first
+    (time, row, _), size = tensor.stride(), self.size
+    entry = Entry(shift * time * size, time * size, row, row * size)
+    self.entries.append((name, entry, first is not None))
+    self.tensors.append((tensor, first))
 
 @patch
 def rows(self: Plan, name, tensor):
     "An array with a row per sequence, the same at all steps: (batch, …)."
     row = tensor.stride(0)
-    self.entries[name] = Entry(tensor.data_ptr(), 0, row, by_sequence=row * self.do.size)
-    self.kept.append(tensor)
+    self.entries.append((name, Entry(0, 0, row, row * self.size), False))
+    self.tensors.append((tensor, None))
 
 @patch
 def fixed(self: Plan, name, tensor):
     "An array that all sequences share."
-    self.entries[name] = Entry(tensor.data_ptr(), 0, tensor.stride(0))
-    self.kept.append(tensor)
+    self.entries.append((name, Entry(0, 0, tensor.stride(0)), False))
+    self.tensors.append((tensor, None))
 
 # %% ../../nbs/26_numba.ipynb #395b6bb7
+def stretches(
+    threads: int,
+    shapes: list,    # (array, rows, columns)
+) -> list:           # (first element, elements of all threads)
+    "Where arrays lie that follow each other in one tensor, each at the start of a cache line."
+    found, end = [], 0
+    for _, rows, columns in shapes:
+        found.append((end, threads * rows * columns))
+        end += -(-threads * rows * columns // 16) * 16
+    return found
+
 @patch
 def own(self: Plan,
-    make,           # (threads, rows, columns) → a tensor of this shape
-    shapes: dict,   # array → (rows, columns)
+    make,           # elements → a tensor with so many
+    shapes: list,   # (array, rows, columns)
     packed=False,   # the rows are those of a chunk of steps
-) -> list[Tensor]:  # what was made
+) -> Tensor:        # what was made
     "Arrays for each thread."
-    made, size, threads = [], self.do.size, len(self.shares)
-    for name, (rows, columns) in shapes.items():
-        made.append(v := make(threads, rows, columns))
-        self.entries[name] = Entry(v.data_ptr(), -1 if packed else 0, columns,
-                                   by_thread=rows * columns * size)
-    self.kept += made
+    places = stretches(self.threads, shapes)
+    made = make(sum(places[-1]) if places else 0)
+    for (name, rows, columns), (start, _) in zip(shapes, places):
+        entry = Entry(start * self.size, -1 if packed else 0, columns, 0,
+                      rows * columns * self.size)
+        self.entries.append((name, entry, False))
+        self.tensors.append((made, None))
     return made
 
 # %% ../../nbs/26_numba.ipynb #932a06dc
-_unused = (0, 0, 0, 0)
+@functools.lru_cache(maxsize=256)
+def _form_of_header(do):
+    "The operations of a table, and how many there are before, in and after steps."
+    lists = do.before, do.inside, do.after
+    return list(itertools.chain(*itertools.chain(*lists))), [len(found) for found in lists]
 
 @functools.lru_cache(maxsize=256)
-def _flat_operations(do):
-    "All operations as an array, and how many there are before, in and after steps."
-    lists = do.before, do.inside, do.after
-    return array("q", itertools.chain(*itertools.chain(*lists))), [len(found) for found in lists]
+def _forms(form, entries):
+    "The tables of all threads but for addresses, and pairs: where to add which address."
+    return [_form(k, *form, entries) for k in range(len(form[2]))]
+
+def _form(k, do, steps, shares, backward, capacity, ahead, entries):
+    operations, counts = _form_of_header(do)
+    head, each, count = len(Header._fields), len(Operation._fields), len(do.arrays)
+    body = head + 4 * count
+    room, (sequence, rows), last = body + len(operations), shares[k], backward * (steps - 1)
+    lanes, ends = register_bytes // do.size, [0, *itertools.accumulate(counts)]
+    lists = [v for e, n in zip(ends, counts) for v in (8 * (body + each * e), n)]
+    header = Header(do.size, tile_address(do.dtype, do.group > 1), tile_rows,
+                    tile_vectors * (1 if do.group > 1 else lanes), lanes, do.group,
+                    8 * room, 8 * head, count, last, steps, rows, 0, capacity, ahead, *lists)
+    table = array("q", [*header, *[0] * (4 * count), *operations, *[0] * (2 * count)])
+    inside = "places", "entries", "before", "inside", "after"
+    missing = [(Header._fields.index(name), 0) for name in inside]
+    for i, (name, entry, elsewhere) in enumerate(entries):
+        at = head + 4 * do.arrays.index(name)
+        first = sequence * entry.by_sequence if elsewhere else 0
+        table[at:at + 4] = array("q", [*entry.of(k, sequence, last), first])
+        missing += [(at, 2 * i + 1), (at + 3, 2 * i + 2)]
+    return table, missing
 
 # %% ../../nbs/26_numba.ipynb #7485fd7e
 @patch
-def table(self: Plan, k: int) -> array:
-    "The plan of one thread, as 64-bit integers."
-    do, (start, rows) = self.do, self.shares[k]
-    operations, counts = _flat_operations(do)
-    head, each, width, count = len(Header._fields), len(Operation._fields), 4, len(do.arrays)
-    body = head + width * count
-    table = array("q", bytes(8 * (body + len(operations) + 2 * count)))
-    at = lambda i: table.buffer_info()[0] + 8 * i
-    lanes, active = register_bytes // do.size, self.active and self.active[k].data_ptr()
-    ends = [0, *itertools.accumulate(counts)]
-    lists = [v for e, n in zip(ends, counts) for v in (at(body + each * e), n)]
-    table[:head] = array("q", Header(
-        do.size, tile_address(do.dtype, do.group > 1), tile_rows,
-        tile_vectors * (1 if do.group > 1 else lanes), lanes, do.group,
-        at(body + len(operations)), at(head), count, self.backward and self.steps - 1,
-        self.steps, rows, active or 0, self.capacity, self.ahead, *lists))
-    for i, name in enumerate(do.arrays):
-        entry = self.entries.get(name)
-        if entry: table[head + 4 * i:head + 4 * i + 4] = array("q", entry.of(k, start))
-    table[body:body + len(operations)] = operations
-    return table
-
-@patch
-def tables(self: Plan):
-    "The plans of all threads."
-    return [self.table(k) for k in range(len(self.shares))]
+def tables(self: Plan) -> list[array]:
+    "The plans of all threads, as 64-bit integers; tensors must stay until the threads are done."
+    addresses, found = [0], []
+    for v, first in self.tensors:
+        addresses += v.data_ptr(), 0 if first is None else first.data_ptr()
+    for k, (form, missing) in enumerate(_forms(self.form, tuple(self.entries))):
+        found.append(table := form[:])
+        addresses[0] = table.buffer_info()[0]
+        for i, which in missing: table[i] += addresses[which]
+        if self.active: table[Header._fields.index("active")] = self.active[k].data_ptr()
+    return found
 
 # %% ../../nbs/26_numba.ipynb #58f89b50
 @functools.cache
@@ -661,31 +704,36 @@ def _operations(key, width, features, dtype, group, backward, recompute=False, i
 class _Call:
     "One direction of a call: its sizes, and a plan with what both directions read."
 
-    def __init__(self, group, given, lengths, key, keep, backward, input_gradient=True):
+    def __init__(self, group, given, lengths, key, keep, rows, backward, input_gradient=True):
         self.input, self.states, weights, self.params, self.inputs = given
         self.p, self.group, self.lengths, self.keep = programs[key], group, lengths, keep
         (self.T, self.B, self.I), self.H = self.input.shape, self.states[0].shape[-1]
         count = 1 + bool(self.p.recurrent_blocks)
         self.weights, self.biases = weights[:count], weights[count:]
-        self.dtype = self.input.dtype
+        self.dtype, self.rows, self.backward = self.input.dtype, rows, backward
         size = key, self.H // group, self.I // group, str(self.dtype).removeprefix("torch.")
         recompute = backward and keep == 1
         self.do = _operations(*size, group, backward, recompute, input_gradient)
-        self.plan = self.make_plan(backward)
+        self.plan = self.make_plan()
         self.add_given(forward=recompute or not backward)
 
     def new(self, *shape): return workspace(shape, self.dtype)
 
+    def zeros(self, *shape):
+        made = self.new(*shape)
+        _array(made).fill(0)
+        return made
+
 # %% ../../nbs/26_numba.ipynb #e18c0019
 @patch
-def make_plan(self: _Call, backward):
+def make_plan(self: _Call):
     "The plan: who does what, in which chunks."
-    work = (1 + backward) * _work(self.p, self.T, self.B, self.H, self.I) / self.group
+    work = (1 + self.backward) * _work(self.p, self.T, self.B, self.H, self.I) / self.group
     shares, T = _shares(self.B, work, self.lengths), self.T
     active, most = _active(self.lengths, T, shares), max(n for _, n in shares)
-    if not backward:
+    if not self.backward:
         return Plan(self.do, T, shares, active=active, ahead=8 if self.keep == 2 else 1)
-    capacity = max(most, min(T * most, 512))
+    capacity = max(most, min(T * most, 256))
     return Plan(self.do, T, shares, True, capacity, active and [a.flip(0) for a in active])
 
 @patch
@@ -694,29 +742,32 @@ def add_given(self: _Call, forward):
     plan, names = self.plan, ("weight_ih", "weight_hh")
     plan.sequence("input", self.input)
     for name, weight in zip(names, self.weights):
-        if plan.backward: plan.fixed(name, weight)
-        if forward: plan.fixed(f"{name}_t", _transposed(weight, self.group))
-    rows = [*self.biases, *self.params]
-    plan.fixed("parameters", _to_rows(self.do, rows, len(self.biases)))
+        if self.backward: plan.fixed(name, weight)
+        if forward: plan.fixed(f"{name}_t", _transposed(self, weight))
+    plan.fixed("parameters", self.rows)
     for a, value in zip(self.p.inputs, self.inputs): plan.sequence(a, value)
 
-def _transposed(weight, group):
+def _transposed(call, weight):
     "A matrix of groups of numbers, transposed."
-    if group > 1: weight = weight.unflatten(-1, (-1, group)).transpose(0, 1).flatten(1).t()
-    return weight.t().clone(memory_format=torch.contiguous_format)     # never a view
+    elements = _array(weight).reshape(len(weight), -1, call.group).swapaxes(0, 1)
+    made = call.new(elements.shape[0], elements.shape[1] * call.group)
+    np.copyto(_array(made).reshape(elements.shape), elements)
+    return made
 
 # %% ../../nbs/26_numba.ipynb #364fe311
 def _forward(new, group, given, lengths, key, keep):
     "A plan; when it has been run, final states. What `new` makes holds the rest."
-    call = _Call(group, given, lengths, key, keep, backward=False)
+    rows = new("rows", len(programs[key].parameters), given[1][0].shape[-1])
+    call = _Call(group, given, lengths, key, keep, rows, backward=False)
+    _to_rows(call.do, [*call.biases, *call.params], len(call.biases), rows)
     p, T, B, H, plan = call.p, call.T, call.B, call.H, call.plan
     most, columns = plan.most, len(p.columns) * H
-    scratch = {f"v{k}": (most, H) for k, v in enumerate(p.values) if v not in p.states}
-    if p.carried: scratch["carry"] = most, p.carried * H
+    scratch = [(f"v{k}", most, H) for k, v in enumerate(p.values) if v not in p.states]
+    if p.carried: scratch.append(("carry", most, p.carried * H))
     pre = new("pre", T if keep == 2 else 0, B, columns)
     if keep == 2: plan.sequence("pre", pre)
-    else: scratch["pre"] = most, columns
-    plan.own(call.new, scratch)
+    else: scratch.append(("pre", most, columns))
+    if scratch: plan.own(call.new, scratch)
     output = new("output", T, B, H)
     memory = new("memory", len(p.states) - 1 if keep else 0, T, B, H)
     if lengths is not None:
@@ -740,8 +791,8 @@ def _add_states(call, histories):
 # %% ../../nbs/26_numba.ipynb #9ace4c15
 def _backward(group, given, saved, lengths, key, keep, input_gradient):
     "A plan; when it has been run, the gradients by all that was given, in one list."
-    g_output, g_final, output, pre, memory = saved
-    call = _Call(group, given, lengths, key, keep, True, input_gradient)
+    g_output, g_final, output, pre, memory, rows = saved
+    call = _Call(group, given, lengths, key, keep, rows, True, input_gradient)
     p, plan, H = call.p, call.plan, call.H
     if keep == 2: plan.sequence("pre", pre)
     _add_scratch(call)
@@ -757,7 +808,7 @@ def _backward(group, given, saved, lengths, key, keep, input_gradient):
     else: plan.sequence("g_out", _rows_dense(g_output))
     g_input = like(*call.input.shape) if input_gradient else call.new(0)
     if input_gradient: plan.sequence("g_input", g_input)
-    sums = _add_sums(call)
+    sums = [plan.own(call.zeros, [shape]) for shape in _shapes_of_sums(call)]
     yield plan
     yield [g_input, *g_states, *_finished_sums(call, sums), *g_inputs]
 
@@ -770,28 +821,36 @@ def _add_scratch(call):
     "What each thread needs for a step, and for a chunk of steps."
     p, H, most = call.p, call.H, call.plan.most
     columns, capacity = len(p.columns) * H, call.plan.capacity
-    step = {f"g_v{k}": (most, H) for k, v in enumerate(p.values) if v not in p.states}
-    if call.keep == 1: step["pre"] = most, columns
-    if p.carried: step["carry"] = most, p.carried * H
-    call.plan.own(call.new, step)
-    chunk = {f"v{k}": (capacity, H) for k in range(len(p.values))}
-    chunk |= {"g_pre": (capacity, columns), "inputs": (capacity, call.I)}
+    step = [(f"g_v{k}", most, H) for k, v in enumerate(p.values) if v not in p.states]
+    if call.keep == 1: step.append(("pre", most, columns))
+    if p.carried: step.append(("carry", most, p.carried * H))
+    if step: call.plan.own(call.new, step)
+    chunk = [(f"v{k}", capacity, H) for k in range(len(p.values))]
+    chunk += [("g_pre", capacity, columns), ("inputs", capacity, call.I)]
     call.plan.own(call.new, chunk, packed=True)
 
-def _add_sums(call):
-    "What each thread sums up over time: gradients of parameters and weights, (threads, rows, …)."
-    p, H, group = call.p, call.H, call.group
-    shapes = {"g_parameters": (len(p.parameters), H),
-              "g_weight_ih": (call.I // group, len(p.blocks) * H)}
-    if len(call.weights) > 1: shapes["g_weight_hh"] = H // group, len(p.recurrent_blocks) * H
-    return call.plan.own(call.input.new_zeros, shapes)
+def _shapes_of_sums(call):
+    "The gradients that each thread sums up over time, by parameters and weights."
+    p, H, group, found = call.p, call.H, call.group, [("g_parameters", len(call.p.parameters), call.H)]
+    kinds = ("g_weight_ih", len(p.blocks), call.I), ("g_weight_hh", len(p.recurrent_blocks), H)
+    for name, blocks, features in kinds[:len(call.weights)]:
+        if call.do.direct(features // group): found.append((name, blocks * H // group, features))
+        else: found.append((name, features, blocks * H))
+    return found
 
 def _finished_sums(call, sums):
     "The gradients of weights, biases and parameters, from the sums of all threads."
-    rows, *weights = (v[0] if len(v) == 1 else v.sum(0) for v in sums)
+    found = []
+    for v, (_, rows, columns) in zip(sums, _shapes_of_sums(call)):
+        found.append(v.view(-1, columns))
+        if call.plan.threads == 1: continue
+        found[-1] = call.new(rows, columns)
+        np.sum(_array(v).reshape(-1, rows, columns), axis=0, out=_array(found[-1]))
+    rows, *weights = found
     given = [*call.biases, *call.params]
-    return [*(_transposed(g, call.group) for g in weights),
-            *_from_rows(call.do, rows, given, len(call.biases))]
+    features = call.I // call.group, call.H // call.group
+    weights = [g if call.do.direct(n) else _transposed(call, g) for g, n in zip(weights, features)]
+    return [*weights, *_from_rows(call.do, rows, given, len(call.biases))]
 
 # %% ../../nbs/26_numba.ipynb #6cf21523
 def _side_by_side(replicas, width, dtype):
@@ -844,11 +903,11 @@ def forward(input, states, weights, params, inputs, lengths, key, keep):
     def start(group, replica, given):
         return _forward(functools.partial(new, group, replica), group, given, lengths, key, keep)
     finals = _run_replicas(start, [[input, states, weights, params, inputs]])
-    return made["output"], torch.stack(finals, -3), made["pre"], made["memory"]
+    return made["output"], torch.stack(finals, -3), made["pre"], made["memory"], made["rows"]
 
 # %% ../../nbs/26_numba.ipynb #d17dcf96
 def backward(g_output, g_final, input, states, weights, params, inputs, lengths,
-             output, pre, memory, key, keep, input_gradient):
+             output, pre, memory, rows, key, keep, input_gradient):
     "The gradients by input, states, weights, parameters and further inputs, in one list."
     if not keep or keep == 2 and pre.shape[-3] != input.shape[-3]:
         raise RuntimeError(f"keep is {keep}, but nothing was kept for the gradient; expected "
@@ -856,17 +915,18 @@ def backward(g_output, g_final, input, states, weights, params, inputs, lengths,
     def start(group, replica, given, saved):
         return _backward(group, given, saved, lengths, key, keep, input_gradient)
     given = [input, states, weights, params, inputs]
-    return _run_replicas(start, [given, [g_output, g_final, output, pre, memory]])
+    return _run_replicas(start, [given, [g_output, g_final, output, pre, memory, rows]])
 
 # %% ../../nbs/26_numba.ipynb #6a565324
 _namespace = "gatednb" if __name__ == "gatednb.engines.numba" else "gatednb_chapter"
 _library = torch.library.Library(_namespace, "DEF")
 _given = ("Tensor input, Tensor[] states, Tensor[] weights, Tensor[] params, Tensor[] inputs, "
           "Tensor? lengths, ")
-_library.define(f"recurrent({_given} str program, int keep) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"recurrent({_given} str program, int keep) -> "
+                "(Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     f"recurrent_backward(Tensor? g_output, Tensor? g_final, {_given} Tensor output, Tensor pre, "
-    "Tensor memory, str program, int keep, bool input_gradient) -> Tensor[]")
+    "Tensor memory, Tensor rows, str program, int keep, bool input_gradient) -> Tensor[]")
 recurrent = getattr(torch.ops, _namespace).recurrent.default
 recurrent_backward = getattr(torch.ops, _namespace).recurrent_backward.default
 _library.impl("recurrent", forward, "CPU")
@@ -886,11 +946,12 @@ def _(input, states, weights, params, inputs, lengths, program, keep):
     p, (T, B), H = programs[program], input.shape[-3:-1], states[0].shape[-1]
     pre = T if keep == 2 else 0, B, len(p.columns) * H
     memory = len(p.states) - 1 if keep else 0, T, B, H
-    output, pre, memory = _like_made(input, H, (T, B, H), pre, memory)
-    return output, input.new_empty(*input.shape[:-3], len(p.states), B, H), pre, memory
+    rows = len(p.parameters), H
+    output, *kept = _like_made(input, H, (T, B, H), pre, memory, rows)
+    return output, input.new_empty(*input.shape[:-3], len(p.states), B, H), *kept
 
 @torch.library.register_fake(f"{_namespace}::recurrent_backward", lib=_library)
-def _(g_output, g_final, input, states, weights, params, inputs, lengths, output, pre, memory,
+def _(g_output, g_final, input, states, weights, params, inputs, lengths, output, pre, memory, rows,
       program, keep, input_gradient):
     found = [input, *states, *weights, *params, *inputs]
     empty = (*input.shape[:-3], 0)
@@ -924,21 +985,21 @@ class _Recurrent(torch.autograd.Function):
         ctx.counts, ctx.program, ctx.keep = counts, program, keep
         with torch._C._AutoDispatchBelowAutograd():
             found = _call(recurrent, forward, *_lists(tensors, counts), program, keep)
-        output, final, pre, memory = found
-        ctx.save_for_backward(output, pre, memory, *tensors)
-        ctx.mark_non_differentiable(pre, memory)
+        output, _, *kept = found
+        ctx.save_for_backward(output, *kept, *tensors)
+        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        return output, final, pre, memory
+        return found
 
     @staticmethod
     def backward(ctx, g_output, g_final, *_):
-        output, pre, memory, *tensors = ctx.saved_tensors
+        output, pre, memory, rows, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
             gradients = _eager_gradients(ctx, g_output, g_final, tensors, needed)
         else:
             gradients = _call(recurrent_backward, backward, g_output, g_final,
-                              *_lists(tensors, ctx.counts), output, pre, memory,
+                              *_lists(tensors, ctx.counts), output, pre, memory, rows,
                               ctx.program, ctx.keep, needed[0])
             gradients = [g if n else None for g, n in zip(gradients, needed)]
         return None, None, None, *gradients, *[None] * (len(needed) - len(gradients))
@@ -968,7 +1029,7 @@ def _(info, in_dims, *args):
     def of_all(v, dims):
         return first(v, dims) if isinstance(v, Tensor) else list(map(first, v, dims)) if v else []
     found = recurrent(*map(of_all, tensors, in_dims), lengths, program, keep)
-    return found, (0, 0, 0, 0)
+    return found, (0,) * len(found)
 
 # %% ../../nbs/26_numba.ipynb #75454487
 def _eager_run(key, lengths):
@@ -1044,7 +1105,8 @@ def run(
     weights = [v for v in (weight_ih, weight_hh, bias_ih, bias_hh) if v is not None]
     lists = (weights, [params[name] for name in cell.params],
              [further[name] for name in programs[key].inputs])
-    dense = lambda v: _rows_dense(v.to(weight_ih.dtype))
+    dtype = weight_ih.dtype
+    dense = lambda v: v if v.dtype == dtype and v.is_contiguous() else _rows_dense(v.to(dtype))
     given = dense(input), [dense(v).contiguous() for v in states], *(list(map(dense, vs)) for vs in lists)
     keep = 0 if not _needs_gradient(given) else 1 if recompute else 2
     output, final = _run_sorted(given, lengths, key, keep)
