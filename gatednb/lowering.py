@@ -7,7 +7,7 @@ __all__ = ['Column', 'columns_of', 'phase_values', 'statements_of', 'Place', 'Pr
 # %% ../nbs/20_lowering.ipynb #6418d1c9
 import itertools
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
@@ -328,6 +328,21 @@ def _forward(cell, statements, memory):
     return out
 
 # %% ../nbs/20_lowering.ipynb #07da725a
+def _factored(e):
+    "A number, and an expression with few multiplications: their product is equal to `e`."
+    if not e.is_Add: return e.as_coeff_Mul()
+    number, e = e.primitive()
+    factors = {t: set(Mul.make_args(t)) for t in e.args}
+    count = Counter(f for found in factors.values() for f in found if not f.is_number)
+    factor, most = max(count.items(), key=lambda item: (item[1], item[0].sort_key()))
+    if most == 1: return number, e
+    inside = [t for t in e.args if factor in factors[t]]
+    inner, sum_inside = _factored(Add(*(t / factor for t in inside)))
+    outer, sum_outside = _factored(e - Add(*inside))
+    if not outer: return number * inner, factor * sum_inside
+    return number, Mul(inner, factor, sum_inside) + outer * sum_outside
+
+# %% ../nbs/20_lowering.ipynb #f332aec0
 class _Backward(_Direction):
     "The backward direction: each statement hands its gradient on to what it was computed from."
 
@@ -346,14 +361,15 @@ def gradient(self: _Backward, a):
     names = (f"g_{a.name}" + f"_{i}" * (i > 0) for i in itertools.count())
     taken = self.definitions.keys() | self.memory.keys()
     g = next(g for g in map(EquationSymbol, names) if g not in taken)
-    self.definitions[g] = sympy.factor_terms(Add(*self.terms.pop(a, [])))
+    self.definitions[g] = Mul(*_factored(Add(*self.terms.pop(a, []))))
     return g
 
 @patch
 def hand_on(self: _Backward, a):
     "Differentiate the statement of a symbol by all that it was computed from."
     g, e = self.gradient(a), self.statements[a]
-    if a not in self.cell.equations and not self.definitions[g].is_Add: g = self.definitions.pop(g)
+    if a not in self.cell.equations and not self.definitions[g].is_Add:
+        g = self.definitions.pop(g)                        # a product needs no name
     for b in _used(e):
         slope = _partial(e, b)
         _check(self.cell, a, slope, "derivative")

@@ -429,6 +429,7 @@ class Header(NamedTuple):
     active: int      # address of how many still run at each step; 0: all of them
     capacity: int    # rows in a chunk
     ahead: int       # steps whose products with the input are made at once
+    fetched: int     # 1: ask for the memory of a step while the one before is computed
     before: int      # address of the operations before steps, and how many
     before_count: int
     inside: int      # the same in each step
@@ -526,7 +527,7 @@ def _form(k, do, steps, shares, backward, capacity, ahead, entries):
     lists = [v for e, n in zip(ends, counts) for v in (8 * (body + each * e), n)]
     header = Header(do.size, tile_address(do.dtype, do.group > 1), tile_rows,
                     tile_vectors * (1 if do.group > 1 else lanes), lanes, do.group,
-                    8 * room, 8 * head, count, last, steps, rows, 0, capacity, ahead, *lists)
+                    8 * room, 8 * head, count, last, steps, rows, 0, capacity, ahead, int(backward), *lists)
     table = array("q", [*header, *[0] * (4 * count), *operations, *[0] * (2 * count)])
     inside = "places", "entries", "before", "inside", "after"
     missing = [(Header._fields.index(name), 0) for name in inside]
@@ -810,6 +811,7 @@ def _backward(group, given, saved, lengths, key, keep, input_gradient):
     if input_gradient: plan.sequence("g_input", g_input)
     sums = [plan.own(call.zeros, [shape]) for shape in _shapes_of_sums(call)]
     yield plan
+    plan.tensors.clear()          # room for the sums over threads
     yield [g_input, *g_states, *_finished_sums(call, sums), *g_inputs]
 
 def _rows_dense(tensor):
