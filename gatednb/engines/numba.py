@@ -734,7 +734,8 @@ def make_plan(self: _Call):
     active, most = _active(self.lengths, T, shares), max(n for _, n in shares)
     if not self.backward:
         return Plan(self.do, T, shares, active=active, ahead=8 if self.keep == 2 else 1)
-    capacity = max(most, min(T * most, 256))
+    chunks = -(-T * most // 256)                         # of as many steps each, nearly
+    capacity = -(-T // chunks) * most
     return Plan(self.do, T, shares, True, capacity, active and [a.flip(0) for a in active])
 
 @patch
