@@ -111,7 +111,8 @@ def dependencies(
         sources.append(file.read_text(encoding="utf-8"))
         todo += imported_modules(sources[-1], name if file.name == "__init__.py" else name.rpartition(".")[0])
     if root / "gatednb" / "book.py" in found: found |= set((root / "gatednb").rglob("*.py"))
-    if any("results" in text for text in sources): found |= set((root / "results").rglob("*.json"))
+    for folder in ("results", "benchmarks"):
+        if any(folder in text for text in sources): found |= set((root / folder).rglob("*.json"))
     return sorted(found | {root / "constraints.txt"})
 
 # %% ../nbs/92_book.ipynb #8133081c

@@ -84,10 +84,11 @@ def product(plan, steps, rows, C, c_time, c_row, A, a_time, a_row, a_depth, W, w
         used = min(lanes, group - first)
         for j in range(0, columns, panel):      # a panel of W stays in the cache
             width, skip = min(panel, columns - j), (j * group + first) * size
+            w = W + (j * depth * size if w_depth == panel else skip)     # packed, or not
             for step in range(steps):
                 panel_of_tiles(plan, rows, C + step * c_time + skip, c_row,
                                A + step * a_time + first * size, a_row, a_depth,
-                               W + skip, w_depth, depth, width, added - j, used)
+                               w, w_depth, depth, width, added - j, used)
 
 # %% ../../nbs/25_loops.ipynb #7844f400
 @compiled

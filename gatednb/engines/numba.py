@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['tile_rows', 'tile_vectors', 'programs', 'cells', 'recurrent', 'recurrent_backward', 'step_text', 'TileArguments',
-           'tile_text', 'tile_address', 'Operation', 'runs', 'input_runs', 'phase_runs', 'arrays_of', 'Operations',
-           'forward_steps', 'backward_steps', 'Entry', 'Header', 'Plan', 'stretches', 'team_text', 'workspace',
-           'program_key', 'forward', 'backward', 'refusal', 'run']
+           'tile_text', 'tile_address', 'Operation', 'runs', 'input_runs', 'phase_runs', 'recurrent_runs', 'arrays_of',
+           'Operations', 'forward_steps', 'backward_steps', 'Entry', 'Header', 'Plan', 'stretches', 'team_text',
+           'workspace', 'program_key', 'forward', 'backward', 'refusal', 'run']
 
 # %% ../../nbs/26_numba.ipynb #02bdee3b
 import ctypes
@@ -233,6 +233,10 @@ def phase_runs(program, k):
     "The stretches of columns of one phase."
     return runs(program.columns, program.recurrent_blocks, lambda c: c.phase == k)
 
+def recurrent_runs(program):
+    "The stretches of columns of all phases."
+    return [r for k in range(len(program.values)) for r in phase_runs(program, k)]
+
 # %% ../../nbs/26_numba.ipynb #8d49e09a
 def arrays_of(program):
     "The names of all arrays that a program, forward or backward, may use."
@@ -257,6 +261,7 @@ class Operations:
     ):
         self.program, self.width, self.features = program, width, features
         self.dtype, self.group, self.size = dtype, group, int(dtype[-2:]) // 8
+        self.panel = tile_vectors * (register_bytes // self.size if group == 1 else 1)
         self.arrays, self.before, self.inside, self.after = arrays_of(program), [], [], []
 
 # %% ../../nbs/26_numba.ipynb #70f54c30
@@ -308,12 +313,20 @@ def weight_gradient(self: Operations,
         self.product((name, block * H), (value, 0), pre, features, count * H,
                      added=count * H, over_time=True)
 
+# %% ../../nbs/26_numba.ipynb #3b5e7d23
+@patch
+def packed(self: Operations, runs, depth: int) -> list[int]:
+    "Where the packed weights of runs begin, in numbers, and where they end."
+    if self.group > 1: return [block * self.width for _, block, _ in runs]     # not packed
+    panels = [-(-count * self.width // self.panel) for _, _, count in runs]
+    return [n * depth * self.panel for n in (0, *itertools.accumulate(panels))]
+
 # %% ../../nbs/26_numba.ipynb #7546a55c
 def forward_steps(do, recompute=False):
     "The operations of the forward direction; to recompute, without the new states."
-    p, H = do.program, do.width
-    for column, block, count in input_runs(p):
-        do.product(("pre", column * H), ("input", 0), ("weight_ih_t", block * H),
+    p, H, runs = do.program, do.width, input_runs(do.program)
+    for (column, block, count), begin in zip(runs, do.packed(runs, do.features)):
+        do.product(("pre", column * H), ("input", 0), ("weight_ih_t", begin),
                    do.features, count * H, before=True)
     for step in p.forward[:-1] if recompute else p.forward:
         if isinstance(step, Segment): do.segment(step)
@@ -321,10 +334,12 @@ def forward_steps(do, recompute=False):
 
 def _phase_forward(do, k):
     "The product of a phase's value with its weights."
-    p, H = do.program, do.width
-    for column, block, count in phase_runs(p, k):
+    p, H, runs = do.program, do.width, recurrent_runs(do.program)
+    for run, begin in zip(runs, do.packed(runs, H)):
+        column, _, count = run
+        if run not in phase_runs(p, k): continue
         both = sum(c.input for c in p.columns[column:column + count])
-        do.product(("pre", column * H), (p.values[k], 0), ("weight_hh_t", block * H),
+        do.product(("pre", column * H), (p.values[k], 0), ("weight_hh_t", begin),
                    H, count * H, added=both * H)
 
 # %% ../../nbs/26_numba.ipynb #3cdd098d
@@ -363,9 +378,8 @@ def _input_backward(do, input_gradient):
 def targets(self: Operations, biases: int):
     "For each row of so many biases, then of gate parameters: the row of the array."
     p = self.program
-    phases = [r for k in range(len(p.values)) for r in phase_runs(p, k)]
     found = []
-    for stretches in (input_runs(p), phases)[:biases]:
+    for stretches in (input_runs(p), recurrent_runs(p))[:biases]:
         for column, _, count in sorted(stretches, key=lambda r: r[1]):
             found += range(column, column + count)
     return torch.tensor([*found, *range(len(p.columns), len(p.parameters))])
@@ -508,25 +522,25 @@ def own(self: Plan,
 
 # %% ../../nbs/26_numba.ipynb #932a06dc
 @functools.lru_cache(maxsize=256)
-def _form_of_header(do):
-    "The operations of a table, and how many there are before, in and after steps."
+def _numbers_of(do):
+    "All operations as whole numbers, and how many there are before, in and after steps."
     lists = do.before, do.inside, do.after
     return list(itertools.chain(*itertools.chain(*lists))), [len(found) for found in lists]
 
 @functools.lru_cache(maxsize=256)
-def _forms(form, entries):
+def _templates(form, entries):
     "The tables of all threads but for addresses, and pairs: where to add which address."
-    return [_form(k, *form, entries) for k in range(len(form[2]))]
+    return [_template(k, *form, entries) for k in range(len(form[2]))]
 
-def _form(k, do, steps, shares, backward, capacity, ahead, entries):
-    operations, counts = _form_of_header(do)
+def _template(k, do, steps, shares, backward, capacity, ahead, entries):
+    operations, counts = _numbers_of(do)
     head, each, count = len(Header._fields), len(Operation._fields), len(do.arrays)
     body = head + 4 * count
     room, (sequence, rows), last = body + len(operations), shares[k], backward * (steps - 1)
-    lanes, ends = register_bytes // do.size, [0, *itertools.accumulate(counts)]
+    ends = 0, *itertools.accumulate(counts)
     lists = [v for e, n in zip(ends, counts) for v in (8 * (body + each * e), n)]
     header = Header(do.size, tile_address(do.dtype, do.group > 1), tile_rows,
-                    tile_vectors * (1 if do.group > 1 else lanes), lanes, do.group,
+                    do.panel, register_bytes // do.size, do.group,
                     8 * room, 8 * head, count, last, steps, rows, 0, capacity, ahead, int(backward), *lists)
     table = array("q", [*header, *[0] * (4 * count), *operations, *[0] * (2 * count)])
     inside = "places", "entries", "before", "inside", "after"
@@ -545,7 +559,7 @@ def tables(self: Plan) -> list[array]:
     addresses, found = [0], []
     for v, first in self.tensors:
         addresses += v.data_ptr(), 0 if first is None else first.data_ptr()
-    for k, (form, missing) in enumerate(_forms(self.form, tuple(self.entries))):
+    for k, (form, missing) in enumerate(_templates(self.form, tuple(self.entries))):
         found.append(table := form[:])
         addresses[0] = table.buffer_info()[0]
         for i, which in missing: table[i] += addresses[which]
@@ -741,11 +755,12 @@ def make_plan(self: _Call):
 @patch
 def add_given(self: _Call, forward):
     "What is given: input, weights, biases and parameters, further inputs."
-    plan, names = self.plan, ("weight_ih", "weight_hh")
+    plan, p = self.plan, self.p
     plan.sequence("input", self.input)
-    for name, weight in zip(names, self.weights):
+    kinds = ("weight_ih", input_runs), ("weight_hh", recurrent_runs)
+    for (name, runs), weight in zip(kinds, self.weights):
         if self.backward: plan.fixed(name, weight)
-        if forward: plan.fixed(f"{name}_t", _transposed(self, weight))
+        if forward: plan.fixed(f"{name}_t", _packed(self, weight, runs(p)))
     plan.fixed("parameters", self.rows)
     for a, value in zip(self.p.inputs, self.inputs): plan.sequence(a, value)
 
@@ -754,6 +769,20 @@ def _transposed(call, weight):
     elements = _array(weight).reshape(len(weight), -1, call.group).swapaxes(0, 1)
     made = call.new(elements.shape[0], elements.shape[1] * call.group)
     np.copyto(_array(made).reshape(elements.shape), elements)
+    return made
+
+def _packed(call, weight, runs):
+    "The weights of a forward product, as `packed` says."
+    if call.group > 1: return _transposed(call, weight)
+    depth, panel, weight = weight.shape[1], call.do.panel, _array(weight)
+    begins = [n // (depth * panel) for n in call.do.packed(runs, depth)]
+    made = call.new(begins[-1] * depth, panel)
+    panels = _array(made).reshape(-1, depth, panel)
+    for (_, block, count), begin in zip(runs, begins):
+        rows = weight[block * call.H:(block + count) * call.H]
+        full, rest = divmod(len(rows), panel)
+        panels[begin:begin + full] = rows[:full * panel].reshape(full, panel, depth).swapaxes(1, 2)
+        if rest: panels[begin + full, :, :rest] = rows[full * panel:].T
     return made
 
 # %% ../../nbs/26_numba.ipynb #364fe311
