@@ -206,6 +206,15 @@ def fill(self: Cell,
     filled.schedule()
     return filled
 
+# %% ../nbs/05_cells.ipynb #186db249
+@patch
+def with_projection(self: Cell) -> Cell:    # filled like this one
+    "The cell whose `x` is a product of the input, of the last block."
+    made = Cell(self.name, self.equations | {x: W("x")})
+    made.blocks = (*self.blocks, "x")
+    made.gates, made.params, made.template = self.gates, self.params, self.template
+    return made
+
 # %% ../nbs/05_cells.ipynb #fc1d1606
 class CellPrinter(PagePrinter):
     "LaTeX of a cell's equations, with products and factors in the order of papers."

@@ -10,7 +10,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import pad
 
 from . import cells
 from .cells import Cell
@@ -41,6 +41,7 @@ class RecurrentLayer(nn.Module):
         super().__init__()
         self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
         self.bias, self.batch_first, self.x_projection = bias, batch_first, x_projection
+        self._run_cell = cell.with_projection() if x_projection else cell
         self.backend, self.recompute = backend, recompute
         self.uses_x, self.step_inputs = bool(symbols_of(cell, Input)), symbols_of(cell, StepInput)
         if dtype is not None and not dtype.is_floating_point:
@@ -48,7 +49,7 @@ class RecurrentLayer(nn.Module):
         self._check_arguments()
         self._make_parameters(device=device, dtype=dtype)
         self.reset_parameters()
-        if backend != "eager": numba.refusal(cell, self.weight_ih_l0)    # makes the program
+        if backend != "eager": numba.refusal(self._run_cell, self.weight_ih_l0)    # makes the program
 
 # %% ../nbs/24_layers.ipynb #be0e0c9e
 @patch
@@ -145,7 +146,7 @@ def _engine(self: RecurrentLayer, sequence, trace):
     "The function that runs the cell."
     if trace: return eager.run
     if self.backend != "auto": return engines[self.backend]
-    reason = numba.refusal(self.cell, self.weight_ih_l0)
+    reason = numba.refusal(self._run_cell, self.weight_ih_l0)
     if reason is None: return numba.run
     _warn_once(f"this {self.cell.name} runs in the slow eager engine: {reason}")
     return eager.run
@@ -154,6 +155,12 @@ def _engine(self: RecurrentLayer, sequence, trace):
 def _warn_once(message): warnings.warn(message, stacklevel=5)
 
 # %% ../nbs/24_layers.ipynb #14c5cc33
+@patch
+def _add_projection(self: RecurrentLayer, weights):
+    "Put the projection behind the input weights, where `Cell.with_projection` expects it, without a bias."
+    weights["weight_ih"] = torch.cat([weights["weight_ih"], weights.pop("weight_xh")])
+    if self.bias: weights["bias_ih"] = pad(weights["bias_ih"], (0, self.hidden_size))
+
 @patch
 def _run(self: RecurrentLayer, input, hx, step_inputs, trace):
     "Hidden states, final states and traced values."
@@ -164,10 +171,10 @@ def _run(self: RecurrentLayer, input, hx, step_inputs, trace):
     step_inputs = {name: self._time_first(v) for name, v in step_inputs.items()}
     weights = {name.removesuffix("_l0"): w for name, w in self._parameters.items()}
     params = {name: weights.pop(name) for name in self.cell.params}
-    x = linear(sequence, weights.pop("weight_xh")) if self.x_projection else sequence
+    if self.x_projection: self._add_projection(weights)
     engine = self._engine(sequence, trace)
-    output, final, seen = engine(self.cell, sequence, states, **weights, x=x, params=params, trace=trace,
-                                 step_inputs=step_inputs, recompute=self.recompute)
+    output, final, seen = engine(self._run_cell, sequence, states, **weights, x=sequence, params=params,
+                                 trace=trace, step_inputs=step_inputs, recompute=self.recompute)
     seen = {name: self._as_given(v, batched) for name, v in seen.items()}
     if batched: final = [state.unsqueeze(0) for state in final]
     return self._as_given(output, batched), tuple(final) if len(final) > 1 else final[0], seen

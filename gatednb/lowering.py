@@ -167,7 +167,7 @@ class StepProgram(NamedTuple):
 def _symbols(cell, kind):
     "The symbols of one kind in a cell's equations."
     found = {a for e in cell.equations.values() for a in e.free_symbols if isinstance(a, kind)}
-    return sorted(found, key=attrgetter("name"))
+    return sorted(found - cell.equations.keys(), key=attrgetter("name"))
 
 def _parameters(cell, columns):
     "Biases of the columns, then the parameters of the gates."

@@ -24,7 +24,7 @@ def symbols_of(
     kind: type,     # a class of `gatednb.symbols`
 ) -> list[str]:     # names, sorted
     "The names of the symbols of one kind in a cell's equations."
-    symbols = {a for e in cell.equations.values() for a in e.free_symbols}
+    symbols = {a for e in cell.equations.values() for a in e.free_symbols} - cell.equations.keys()
     return sorted(a.name for a in symbols if isinstance(a, kind))
 
 def arguments(cell: Cell) -> list[str]:
