@@ -112,6 +112,9 @@ def forward(self: RecurrentLayer,
     (time, input_size). Hidden states and step inputs are shaped like it, with hidden_size
     features. A state is (1, batch, hidden_size), or (1, hidden_size) without a batch; a cell
     with several takes and returns a tuple. Errors name what does not fit, by PyTorch's types.
+
+    The compiled engine keeps the hidden states for the gradient: to change them, make new
+    ones, `output + 1`. PyTorch refuses `output += 1` with an error.
     """
     outputs, final, _ = self._run(input, hx, step_inputs, ())
     return outputs, final
@@ -152,12 +155,12 @@ def _engine(self: RecurrentLayer, sequence, trace):
     return eager.run
 
 @functools.cache
-def _warn_once(message): warnings.warn(message, stacklevel=5)
+def _warn_once(message): warnings.warn(message, stacklevel=7)    # where the layer is called
 
 # %% ../nbs/24_layers.ipynb #14c5cc33
 @patch
 def _add_projection(self: RecurrentLayer, weights):
-    "Put the projection behind the input weights, where `Cell.with_projection` expects it, without a bias."
+    "Put the projection behind the input weights, as in `Cell.with_projection`; it has no bias."
     weights["weight_ih"] = torch.cat([weights["weight_ih"], weights.pop("weight_xh")])
     if self.bias: weights["bias_ih"] = pad(weights["bias_ih"], (0, self.hidden_size))
 
@@ -173,13 +176,19 @@ def _run(self: RecurrentLayer, input, hx, step_inputs, trace):
     params = {name: weights.pop(name) for name in self.cell.params}
     if self.x_projection: self._add_projection(weights)
     engine = self._engine(sequence, trace)
-    output, final, seen = engine(self._run_cell, sequence, states, **weights, x=sequence, params=params,
-                                 trace=trace, step_inputs=step_inputs, recompute=self.recompute)
+    output, final, seen = engine(self._run_cell, sequence, states, **weights, x=sequence,
+                                 params=params, trace=trace, step_inputs=step_inputs,
+                                 recompute=self.recompute)
     seen = {name: self._as_given(v, batched) for name, v in seen.items()}
     if batched: final = [state.unsqueeze(0) for state in final]
     return self._as_given(output, batched), tuple(final) if len(final) > 1 else final[0], seen
 
 # %% ../nbs/24_layers.ipynb #31cd7111
+@patch
+def _casts(self: RecurrentLayer, value):
+    "Whether autocast may change the type of a tensor."
+    return value.is_floating_point() and torch.is_autocast_enabled(value.device.type)
+
 @patch
 def _check_input(self: RecurrentLayer, input):
     if not isinstance(input, Tensor):
@@ -188,8 +197,7 @@ def _check_input(self: RecurrentLayer, input):
         raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, "
                          f"got {input.dim()}D instead")
     dtype = self.weight_ih_l0.dtype
-    cast = input.is_floating_point() and torch.is_autocast_enabled(input.device.type)
-    if input.dtype != dtype and not cast:
+    if input.dtype != dtype and not self._casts(input):
         raise ValueError(f"input has dtype {input.dtype}; expected {dtype}, the weights' "
                          f"dtype: convert it by input.to({dtype})")
     if input.size(-1) != self.input_size:
@@ -217,7 +225,7 @@ def _initial_states(self: RecurrentLayer, sequence, hx, batched):
         if tuple(state.shape) != expected:
             raise RuntimeError(f"hx: Expected hidden size {expected} for state {name!r}, "
                                f"got {tuple(state.shape)}")
-        if state.dtype != sequence.dtype:
+        if state.dtype != sequence.dtype and not self._casts(sequence):
             raise RuntimeError(f"hx has dtype {state.dtype} for state {name!r}; "
                                f"expected {sequence.dtype} as input")
     return [state.reshape(shape) for state in given]

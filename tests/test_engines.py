@@ -469,6 +469,15 @@ def test_autocast_computes_in_float32(kind, options):
     assert [g.dtype for g in gradients] == [torch.bfloat16] + [torch.float32] * len(rest)
 
 
+@pytest.mark.parametrize("backend", ["numba", "eager"])
+def test_a_state_is_carried_on_under_autocast(backend):
+    layer, given = GRU(4, 3, backend=backend), random(6, 5, 4).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, state = layer(given)
+        again, _ = layer(given, state)
+    assert again.shape == output.shape and not torch.equal(again, output)
+
+
 def test_gradients_of_gradients_of_a_layer():
     "A penalty on the gradient, as some losses have it, gives what the eager engine gives."
     found = []
@@ -496,6 +505,7 @@ def test_auto_falls_back_with_one_warning():
         warnings.simplefilter("always")
         found = layer(given)[0], layer(given)[0]
     assert len(seen) == 1 and "bfloat16" in str(seen[0].message) and "eager" in str(seen[0].message)
+    assert seen[0].filename == __file__
     eagers = GRU(3, 4, update_gate="hard_sigmoid", dtype=torch.bfloat16, backend="eager")
     eagers.load_state_dict(layer.state_dict())
     assert torch.equal(found[0], eagers(given)[0]) and torch.equal(*found)
@@ -508,6 +518,35 @@ def test_what_the_compiled_engine_refuses():
     with pytest.raises(ValueError, match="trace"):
         make(CELLS["lstm"], 2, 2, 2, 2).run(numba.run, trace=("i",))
     with pytest.raises(ValueError, match="backend is 'nuba'"): GRU(3, 4, backend="nuba")
+
+
+@pytest.mark.parametrize("name,shape", [("weight_hh_l0", (40, 40)), ("weight_hh_l0", (40, 120)), ("weight_ih_l0", (1, 1)),
+                                        ("bias_ih_l0", (40,)), ("bias_hh_l0", (1,)), ("update_gate_alpha_l0", (1, 40))])
+def test_other_shapes_are_refused_before_anything_runs(name, shape):
+    layer = GRU(3, 40, update_gate="kaf", backend="numba")
+    with pytest.raises(ValueError, match=rf"{name.removesuffix('_l0')} has shape {re.escape(str(shape))}.*expected \("):
+        torch.func.functional_call(layer, {name: torch.zeros(shape)}, (torch.ones(5, 2, 3),))
+
+
+def test_other_states_and_lengths_are_refused():
+    example = make(CELLS["lstm"], 5, 4, 3, 6)
+    with pytest.raises(ValueError, match=r"state c has shape \(1, 6\)"):
+        numba.run(example.cell, example.tensors["input"], [torch.zeros(4, 6).double(), torch.zeros(1, 6).double()],
+                  *(example.tensors[k] for k in ("weight_ih", "weight_hh")))
+    for bad in ([5], [5, 5, 5, 0], [5, 6, 5, 5], [5., 5, 5, 5], [True] * 4):
+        for engine in numba.run, eager.run:
+            with pytest.raises(ValueError, match="lengths is .* 4 whole numbers from 1 to 5"):
+                dataclasses.replace(example, lengths=torch.tensor(bad)).run(engine)
+
+
+def test_replicas_take_no_more_threads_than_allowed(monkeypatch):
+    started = []
+    monkeypatch.setattr(numba, "_run_team", lambda team, tables: started.append(len(tables)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: torch.vmap(GRU(3, 40))(torch.randn(12, 40, 8, 3))
+    finally: torch.set_num_threads(threads)
+    assert not started
 
 
 def test_a_function_that_cannot_be_compiled_is_named():
@@ -532,7 +571,7 @@ def test_recompute_keeps_less():
 # processes and threads
 
 START = '''
-import os, sys, threading, time, warnings
+import os, signal, sys, threading, time, warnings
 import torch
 from gatednb import GRU, KAFGRU, LSTM
 from gatednb.engines import numba
@@ -590,6 +629,20 @@ def test_fork_after_use():
         print(ended == child_id and status == 0, flush=True)
     child(1)
     print(work(), flush=True)
+    ''')
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_fork_while_another_thread_asks_for_memory():
+    check('''
+    print(work(), flush=True)
+    with numba._blocks_lock:
+        child_id = os.fork()
+        if child_id == 0:
+            signal.alarm(20)
+            print(numba.workspace((300, 1000), torch.float32).shape == (300, 1000), work(), flush=True)
+            os._exit(0)
+    print(os.waitpid(child_id, 0)[1] == 0)
     ''')
 
 

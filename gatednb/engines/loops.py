@@ -45,6 +45,7 @@ def prefetch(context, address):
         return context.get_dummy_value()
     return types.void(types.int64), emit
 
+# %% ../../nbs/25_loops.ipynb #854d763a
 @intrinsic
 def call(context, function, arguments):
     "Call the function at an address with a tuple of 64-bit integers."
@@ -76,7 +77,7 @@ def panel_of_tiles(plan, rows, C, c_row, A, a_row, a_depth, W, w_depth, depth, w
 # %% ../../nbs/25_loops.ipynb #390e54fa
 @compiled
 def product(plan, steps, rows, C, c_time, c_row, A, a_time, a_row, a_depth, W, w_depth, depth,
-            columns, added):
+            columns, added, packed):
     "C = A W for some steps, added to what is in the first columns."
     size, panel = read(plan, at.size), read(plan, at.panel)
     lanes, group = read(plan, at.lanes), read(plan, at.group)
@@ -84,7 +85,7 @@ def product(plan, steps, rows, C, c_time, c_row, A, a_time, a_row, a_depth, W, w
         used = min(lanes, group - first)
         for j in range(0, columns, panel):      # a panel of W stays in the cache
             width, skip = min(panel, columns - j), (j * group + first) * size
-            w = W + (j * depth * size if w_depth == panel else skip)     # packed, or not
+            w = W + (j * depth * size if packed else skip)
             for step in range(steps):
                 panel_of_tiles(plan, rows, C + step * c_time + skip, c_row,
                                A + step * a_time + first * size, a_row, a_depth,
@@ -112,7 +113,8 @@ def operate(plan, operation, steps, rows, filled):
     if read(operation, part.over_time) != 0:
         rows, depth, a_row, a_depth = depth, filled, a_depth, a_row
     product(plan, steps, rows, C, c_time, c_row, A, a_time, a_row, a_depth, W, w_depth, depth,
-            read(operation, part.columns), read(operation, part.added))
+            read(operation, part.columns), read(operation, part.added),
+            read(operation, part.packed))
 
 # %% ../../nbs/25_loops.ipynb #f4386df1
 @compiled

@@ -4,7 +4,7 @@
 __all__ = ['tile_rows', 'tile_vectors', 'programs', 'cells', 'recurrent', 'recurrent_backward', 'step_text', 'TileArguments',
            'tile_text', 'tile_address', 'Operation', 'runs', 'input_runs', 'phase_runs', 'recurrent_runs', 'arrays_of',
            'Operations', 'forward_steps', 'backward_steps', 'Entry', 'Header', 'Plan', 'stretches', 'team_text',
-           'workspace', 'program_key', 'forward', 'backward', 'refusal', 'run']
+           'workspace', 'free_workspace', 'program_key', 'forward', 'backward', 'refusal', 'run']
 
 # %% ../../nbs/26_numba.ipynb #02bdee3b
 import ctypes
@@ -210,6 +210,7 @@ class Operation(NamedTuple):
     columns: int = 0    # of C; for a segment, how many numbers wide it is
     added: int = 0      # columns of C to which the product is added
     over_time: int = 0  # 1: C = A' W, a sum over all rows of a chunk of steps
+    packed: int = 0     # 1: W lies in memory panel by panel
 
 # %% ../../nbs/26_numba.ipynb #d7183d8e
 def runs(
@@ -281,12 +282,13 @@ def product(self: Operations,
     added: int = 0,      # columns of C to which the product is added
     over_time=False,     # sum over all rows of a chunk
     before=False,        # for several steps at once, before them
+    packed=False,        # W lies in memory panel by panel
 ):
     "Add a product C = A W."
     skips = [v for name, skip in (A, W, C)
              for v in (self.arrays.index(name), skip * self.group * self.size)]
     where = self.after if over_time else self.before if before else self.inside
-    where.append(Operation(0, *skips, depth, columns, added, int(over_time)))
+    where.append(Operation(0, *skips, depth, columns, added, int(over_time), int(packed)))
 
 # %% ../../nbs/26_numba.ipynb #712b6e0f
 @patch
@@ -327,7 +329,7 @@ def forward_steps(do, recompute=False):
     p, H, runs = do.program, do.width, input_runs(do.program)
     for (column, block, count), begin in zip(runs, do.packed(runs, do.features)):
         do.product(("pre", column * H), ("input", 0), ("weight_ih_t", begin),
-                   do.features, count * H, before=True)
+                   do.features, count * H, before=True, packed=do.group == 1)
     for step in p.forward[:-1] if recompute else p.forward:
         if isinstance(step, Segment): do.segment(step)
         else: _phase_forward(do, step.phase)
@@ -340,7 +342,7 @@ def _phase_forward(do, k):
         if run not in phase_runs(p, k): continue
         both = sum(c.input for c in p.columns[column:column + count])
         do.product(("pre", column * H), (p.values[k], 0), ("weight_hh_t", begin),
-                   H, count * H, added=both * H)
+                   H, count * H, added=both * H, packed=do.group == 1)
 
 # %% ../../nbs/26_numba.ipynb #3cdd098d
 def backward_steps(do, input_gradient=True):
@@ -420,7 +422,7 @@ class Entry(NamedTuple):
     by_thread: int = 0    # distance of what belongs to threads
 
     def of(self, thread, sequence, last):
-        "Start and distances for a thread whose share begins with a sequence; the first step is `last`."
+        "Start and distances for a thread whose share begins with a sequence, from step `last` on."
         skip = thread * self.by_thread + sequence * self.by_sequence
         if not last or self.by_time == -1: return self.start + skip, self.by_time, self.row
         return self.start + skip + last * self.by_time, -self.by_time, self.row
@@ -541,7 +543,8 @@ def _template(k, do, steps, shares, backward, capacity, ahead, entries):
     lists = [v for e, n in zip(ends, counts) for v in (8 * (body + each * e), n)]
     header = Header(do.size, tile_address(do.dtype, do.group > 1), tile_rows,
                     do.panel, register_bytes // do.size, do.group,
-                    8 * room, 8 * head, count, last, steps, rows, 0, capacity, ahead, int(backward), *lists)
+                    8 * room, 8 * head, count, last, steps, rows, 0, capacity, ahead,
+                    int(backward), *lists)
     table = array("q", [*header, *[0] * (4 * count), *operations, *[0] * (2 * count)])
     inside = "places", "entries", "before", "inside", "after"
     missing = [(Header._fields.index(name), 0) for name in inside]
@@ -639,13 +642,18 @@ def _team():
 # %% ../../nbs/26_numba.ipynb #b9e1c745
 _state = {"forked": False, "pool": None}
 
-def _after_fork(): _state.update(forked=True, pool=None)      # a child inherits no threads
+def _after_fork():       # a child inherits no threads, and a lock that another thread holds stays locked
+    global _blocks_lock
+    _state.update(forked=True, pool=None)
+    _blocks_lock = threading.Lock()
 
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_after_fork)
 
 def _run_all(tables):
     "Run plans at the same time, one of them in the calling thread."
-    if len(tables) == 1: return _run(tables[0])
+    if min(len(tables), torch.get_num_threads()) == 1:
+        for table in tables: _run(table)
+        return
     team = None if _state["forked"] else _team()
     return _run_pool(tables) if team is None else _run_team(team, tables)
 
@@ -656,7 +664,8 @@ def _run_team(team, tables):
     errors = array("q", [0, 0])
     data = array("q", [_loop_address(), errors.buffer_info()[0], count, number, len(tables),
                        *(t.buffer_info()[0] for t in tables)])
-    start(ctypes.c_void_p(function), ctypes.c_void_p(data.buffer_info()[0]), len(tables), 0)
+    threads = min(len(tables), torch.get_num_threads())
+    start(ctypes.c_void_p(function), ctypes.c_void_p(data.buffer_info()[0]), threads, 0)
 
 def _run_pool(tables):
     "Run plans in a pool of Python's threads."
@@ -682,9 +691,17 @@ def workspace(
         start = -block.ctypes.data % 64
         used = block[start:start + needed].view(str(dtype).removeprefix("torch."))
         _blocks.append((block, weakref.ref(used)))
-        unused = [i for i, (_, user) in enumerate(_blocks) if user() is None]
-        for i in reversed(unused[:-8]): del _blocks[i]           # of long ago
+        _forget(keep=8)
     return torch.from_numpy(used).view(shape)
+
+def free_workspace():
+    "Give memory that no tensor uses any more back to the system."
+    with _blocks_lock: _forget(keep=0)
+
+def _forget(keep):
+    "Drop unused blocks, but for so many that were used last."
+    unused = [i for i, (_, user) in enumerate(_blocks) if user() is None]
+    for i in reversed(unused[:len(unused) - keep] if len(unused) > keep else []): del _blocks[i]
 
 def _free_block(needed):
     "The smallest unused block that fits and is not much too large, or a new one."
@@ -764,6 +781,7 @@ def add_given(self: _Call, forward):
     plan.fixed("parameters", self.rows)
     for a, value in zip(self.p.inputs, self.inputs): plan.sequence(a, value)
 
+# %% ../../nbs/26_numba.ipynb #e910d6b7
 def _transposed(call, weight):
     "A matrix of groups of numbers, transposed."
     elements = _array(weight).reshape(len(weight), -1, call.group).swapaxes(0, 1)
@@ -781,7 +799,8 @@ def _packed(call, weight, runs):
     for (_, block, count), begin in zip(runs, begins):
         rows = weight[block * call.H:(block + count) * call.H]
         full, rest = divmod(len(rows), panel)
-        panels[begin:begin + full] = rows[:full * panel].reshape(full, panel, depth).swapaxes(1, 2)
+        whole = rows[:full * panel].reshape(full, panel, depth)
+        panels[begin:begin + full] = whole.swapaxes(1, 2)
         if rest: panels[begin + full, :, :rest] = rows[full * panel:].T
     return made
 
@@ -863,7 +882,8 @@ def _add_scratch(call):
 
 def _shapes_of_sums(call):
     "The gradients that each thread sums up over time, by parameters and weights."
-    p, H, group, found = call.p, call.H, call.group, [("g_parameters", len(call.p.parameters), call.H)]
+    p, H, group = call.p, call.H, call.group
+    found = [("g_parameters", len(p.parameters), H)]
     kinds = ("g_weight_ih", len(p.blocks), call.I), ("g_weight_hh", len(p.recurrent_blocks), H)
     for name, blocks, features in kinds[:len(call.weights)]:
         if call.do.direct(features // group): found.append((name, blocks * H // group, features))
@@ -901,7 +921,37 @@ def _unfold(v, replicas):
 
 def _map(change, v):
     "Change all tensors, in lists or not."
-    return [_map(change, a) for a in v] if isinstance(v, (list, tuple)) else v if v is None else change(v)
+    if isinstance(v, (list, tuple)): return [_map(change, a) for a in v]
+    return None if v is None else change(v)
+
+# %% ../../nbs/26_numba.ipynb #63b3da0f
+@functools.lru_cache(maxsize=256)
+def _shapes(key, weights, replicas, T, B, I, H):
+    "The tensors of a call with so many weights, by name, with their shapes."
+    p, params = programs[key], cells[key].params
+    n, m = len(p.blocks) * H, len(p.recurrent_blocks) * H
+    kinds = {"weight_ih": (n, I), "weight_hh": (m, H)}, {"bias_ih": (n,), "bias_hh": (m,)}
+    count = 1 + bool(m)
+    named = [pair for kind in kinds for pair in list(kind.items())[:count]][:max(weights, count)]
+    found = {"input": (T, B, I)} | {f"state {a}": (B, H) for a in p.states} | dict(named)
+    found |= {name: (*shape, H) for name, (shape, _) in params.items()}
+    return {k: (*replicas, *v) for k, v in (found | {a: (T, B, H) for a in p.inputs}).items()}
+
+def check_shapes(
+    key: str,    # of a program
+    tensors,     # input, then lists: states, weights, parameters of gates, further inputs
+):
+    "Refuse tensors of other shapes or types than the program needs; a `ValueError` names the tensor."
+    input, states, weights, params, inputs = tensors
+    *replicas, T, B, I = input.shape
+    wanted = _shapes(key, len(weights), tuple(replicas), T, B, I, states[0].shape[-1])
+    given = [input, *states, *weights, *params, *inputs]
+    if len(given) != len(wanted):
+        raise ValueError(f"{len(given)} tensors are given; expected {len(wanted)}: {[*wanted]}")
+    for v, (name, shape) in zip(given, wanted.items()):
+        if v.shape != shape or v.dtype != input.dtype:
+            raise ValueError(f"{name} has shape {tuple(v.shape)} and dtype {v.dtype}; "
+                             f"expected {shape} and {input.dtype}, the input's")
 
 # %% ../../nbs/26_numba.ipynb #c319dcfe
 def _run_plans(started):
@@ -923,6 +973,7 @@ def _run_replicas(start, tensors):
 # %% ../../nbs/26_numba.ipynb #562f505b
 def forward(input, states, weights, params, inputs, lengths, key, keep):
     "Hidden states, final states, and what is kept for the way back; replicas may come first."
+    check_shapes(key, (input, states, weights, params, inputs))
     made = {}
     def new(group, replica, name, *shape):
         "Memory for a result; a replica gets its part of what is made for all."
@@ -1134,17 +1185,29 @@ def run(
     if trace: raise ValueError(f"trace is {trace}; the numba engine records nothing, expected ()")
     if reason := refusal(cell, weight_ih): raise ValueError(reason)
     key, further = program_key(cell), {"x": x, **step_inputs}
-    weights = [v for v in (weight_ih, weight_hh, bias_ih, bias_hh) if v is not None]
+    weights = _weights_given(programs[key], weight_ih=weight_ih, weight_hh=weight_hh,
+                             bias_ih=bias_ih, bias_hh=bias_hh)
+    if lengths is not None: eager.check_lengths(lengths, *input.shape[:2])
     lists = (weights, [params[name] for name in cell.params],
              [further[name] for name in programs[key].inputs])
     dtype = weight_ih.dtype
     dense = lambda v: v if v.dtype == dtype and v.is_contiguous() else _rows_dense(v.to(dtype))
-    given = dense(input), [dense(v).contiguous() for v in states], *(list(map(dense, vs)) for vs in lists)
+    states = [dense(v).contiguous() for v in states]
+    given = dense(input), states, *(list(map(dense, vs)) for vs in lists)
     keep = 0 if not _needs_gradient(given) else 1 if recompute else 2
     output, final = _run_sorted(given, lengths, key, keep)
     return output, list(final.unbind(0)), {}
 
 # %% ../../nbs/26_numba.ipynb #ade35a17
+def _weights_given(p, **weights):
+    "The weights that are given, and biases if there are any, in their order; others are refused."
+    count, names = 1 + bool(p.recurrent_blocks), list(weights)
+    wanted = names[:count], [*names[:count], *names[2:2 + count]]
+    given = [name for name, v in weights.items() if v is not None]
+    if given not in wanted:
+        raise ValueError(f"weights and biases are {given}; expected {wanted[0]} or {wanted[1]}")
+    return [weights[name] for name in given]
+
 def _needs_gradient(given):
     "Whether a gradient may be asked for; under a transformation nobody knows yet."
     if not torch.is_grad_enabled(): return False
@@ -1158,6 +1221,7 @@ def _run_sorted(given, lengths, key, keep):
     order = torch.argsort(lengths, descending=True, stable=True)
     back = torch.argsort(order)
     input, states, weights, params, inputs = given
-    given = input[:, order], [v[order] for v in states], weights, params, [v[:, order] for v in inputs]
+    inputs, states = [v[:, order] for v in inputs], [v[order] for v in states]
+    given = input[:, order], states, weights, params, inputs
     output, final, *_ = _call(recurrent, _with_gradient, *given, lengths[order], key, keep)
     return output[:, back], final[:, back]
