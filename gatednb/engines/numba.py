@@ -642,7 +642,7 @@ def _team():
 # %% ../../nbs/26_numba.ipynb #b9e1c745
 _state = {"forked": False, "pool": None}
 
-def _after_fork():       # a child inherits no threads, and a lock that another thread holds stays locked
+def _after_fork():       # a child inherits no threads, but the locks that they hold
     global _blocks_lock
     _state.update(forked=True, pool=None)
     _blocks_lock = threading.Lock()
@@ -941,7 +941,7 @@ def check_shapes(
     key: str,    # of a program
     tensors,     # input, then lists: states, weights, parameters of gates, further inputs
 ):
-    "Refuse tensors of other shapes or types than the program needs; a `ValueError` names the tensor."
+    "Refuse tensors of other shapes or types than the program needs, with a `ValueError`."
     input, states, weights, params, inputs = tensors
     *replicas, T, B, I = input.shape
     wanted = _shapes(key, len(weights), tuple(replicas), T, B, I, states[0].shape[-1])
