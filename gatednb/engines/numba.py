@@ -392,25 +392,35 @@ def _array(tensor):
     return tensor.detach().numpy()
 
 @functools.lru_cache(maxsize=256)
-def _targets(do, biases, counts):
-    "For each of the given tensors, with so many rows: the rows of the array."
-    return np.split(do.targets(biases).numpy(), np.cumsum(counts)[:-1])
+def _neighbours(do, biases, counts):
+    "For each of the given tensors, with so many rows: slices of the array's rows, and of its own."
+    parts = np.split(do.targets(biases).numpy(), np.cumsum(counts))[:len(counts)]
+    found = []
+    for targets in parts:
+        cuts = [0, *np.flatnonzero(np.diff(targets) != 1) + 1, len(targets)]
+        found.append([(slice(targets[a], targets[a] + b - a), slice(a, b))
+                      for a, b in itertools.pairwise(cuts)])
+    return found
 
-def _targets_of(do, given, biases):
+def _neighbours_of(do, given, biases):
     width = do.width * do.group
-    return _targets(do, biases, tuple(v.numel() // width for v in given))
+    return _neighbours(do, biases, tuple(v.numel() // width for v in given))
 
 def _to_rows(do, given, biases, rows):
     "Write biases and parameters of gates into rows; they have the unit as last axis."
     rows = _array(rows)
     rows.fill(0)
-    for v, targets in zip(given, _targets_of(do, given, biases)):
-        rows[targets] += _array(v).reshape(len(targets), -1)
+    for v, pairs in zip(given, _neighbours_of(do, given, biases)):
+        v = _array(v).reshape(-1, rows.shape[1])
+        for there, here in pairs: rows[there] += v[here]
 
 def _from_rows(do, rows, given, biases):
     "The gradients of biases and parameters, from those of the rows."
-    rows, targets = _array(rows), _targets_of(do, given, biases)
-    return [torch.from_numpy(rows[i]).view(v.shape) for v, i in zip(given, targets)]
+    rows, found = _array(rows), [torch.empty(v.shape, dtype=v.dtype) for v in given]
+    for v, pairs in zip(found, _neighbours_of(do, given, biases)):
+        v = _array(v).reshape(-1, rows.shape[1])
+        for there, here in pairs: v[here] = rows[there]
+    return found
 
 # %% ../../nbs/26_numba.ipynb #1195a612
 class Entry(NamedTuple):
