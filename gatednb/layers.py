@@ -145,7 +145,7 @@ def _as_given(self: RecurrentLayer, value, batched):
 
 # %% ../nbs/24_layers.ipynb #d5fa63bf
 @patch
-def _engine(self: RecurrentLayer, sequence, trace):
+def _engine(self: RecurrentLayer, trace):
     "The function that runs the cell."
     if trace: return eager.run
     if self.backend != "auto": return engines[self.backend]
@@ -175,7 +175,7 @@ def _run(self: RecurrentLayer, input, hx, step_inputs, trace):
     weights = {name.removesuffix("_l0"): w for name, w in self._parameters.items()}
     params = {name: weights.pop(name) for name in self.cell.params}
     if self.x_projection: self._add_projection(weights)
-    engine = self._engine(sequence, trace)
+    engine = self._engine(trace)
     output, final, seen = engine(self._run_cell, sequence, states, **weights, x=sequence,
                                  params=params, trace=trace, step_inputs=step_inputs,
                                  recompute=self.recompute)

@@ -16,7 +16,7 @@ import sympy
 from sympy import Add, Max, Min, Mul
 
 from .cells import Cell, Phase, U, W
-from .engines.eager import recurrent_blocks
+from .engines.eager import recurrent_blocks, symbols_of
 from .gates import patch, unit_symbols
 from .symbols import (EquationSymbol, Input, Parameter, State, StepInput, code,
                              functions)
@@ -164,11 +164,6 @@ class StepProgram(NamedTuple):
     backward: list
 
 # %% ../nbs/20_lowering.ipynb #34c05712
-def _symbols(cell, kind):
-    "The symbols of one kind in a cell's equations."
-    found = {a for e in cell.equations.values() for a in e.free_symbols if isinstance(a, kind)}
-    return sorted(found - cell.equations.keys(), key=attrgetter("name"))
-
 def _parameters(cell, columns):
     "Biases of the columns, then the parameters of the gates."
     symbols = [unit_symbols(name, shape).flat for name, (shape, _) in cell.params.items()]
@@ -177,7 +172,7 @@ def _parameters(cell, columns):
 def _memory(cell, columns):
     "Symbol → place, for everything that a step finds in memory."
     kinds, parameters = (State, Input, StepInput), _parameters(cell, columns)
-    places = {a: Place(a.name) for kind in kinds for a in _symbols(cell, kind)}
+    places = {kind(a): Place(a) for kind in kinds for a in symbols_of(cell, kind)}
     places |= {c.symbol: Place("pre", i) for i, c in enumerate(columns)}
     return places | {a: Place("parameters", i) for i, a in enumerate(parameters)}
 
@@ -447,10 +442,10 @@ def lower(
     forward = _forward(cell, statements, memory)
     backward = _backward(cell, statements, memory, columns)
     names = lambda symbols: tuple(a.name for a in symbols)
-    inputs = _symbols(cell, Input) + _symbols(cell, StepInput)
+    inputs = symbols_of(cell, Input) + symbols_of(cell, StepInput)
     values = [v if v in cell.states else a for v, a in phase_values(cell).items()]
     return StepProgram(cell.blocks, recurrent_blocks(cell), columns,
-                       names(_parameters(cell, columns)), names(cell.states), names(inputs),
+                       names(_parameters(cell, columns)), names(cell.states), tuple(inputs),
                        names(values), max(forward.carried, backward.carried),
                        forward.finished(), backward.finished())
 

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['tile_rows', 'tile_vectors', 'programs', 'cells', 'recurrent', 'recurrent_backward', 'step_text', 'TileArguments',
            'tile_text', 'tile_address', 'Operation', 'runs', 'input_runs', 'phase_runs', 'recurrent_runs', 'arrays_of',
-           'Operations', 'forward_steps', 'backward_steps', 'Entry', 'Header', 'Plan', 'stretches', 'team_text',
-           'workspace', 'free_workspace', 'program_key', 'forward', 'backward', 'refusal', 'run']
+           'Operations', 'forward_steps', 'backward_steps', 'Entry', 'Header', 'Plan', 'team_text', 'workspace',
+           'free_workspace', 'program_key', 'forward', 'backward', 'refusal', 'run']
 
 # %% ../../nbs/26_numba.ipynb #02bdee3b
 import ctypes
@@ -505,31 +505,21 @@ def fixed(self: Plan, name, tensor):
     self.tensors.append((tensor, None))
 
 # %% ../../nbs/26_numba.ipynb #395b6bb7
-def stretches(
-    threads: int,
-    shapes: list,    # (array, rows, columns)
-) -> list:           # (first element, elements of all threads)
-    "Where arrays lie that follow each other in one tensor, each at the start of a cache line."
-    found, end = [], 0
-    for _, rows, columns in shapes:
-        found.append((end, threads * rows * columns))
-        end += -(-threads * rows * columns // 16) * 16
-    return found
-
 @patch
 def own(self: Plan,
     make,           # elements → a tensor with so many
     shapes: list,   # (array, rows, columns)
     packed=False,   # the rows are those of a chunk of steps
 ) -> Tensor:        # what was made
-    "Arrays for each thread."
-    places = stretches(self.threads, shapes)
-    made = make(sum(places[-1]) if places else 0)
-    for (name, rows, columns), (start, _) in zip(shapes, places):
-        entry = Entry(start * self.size, -1 if packed else 0, columns, 0,
-                      rows * columns * self.size)
+    "Arrays for each thread, one behind the other, each at the start of a cache line."
+    end = 0
+    for name, rows, columns in shapes:
+        start, size = -(-end // 16) * 16, rows * columns
+        entry = Entry(start * self.size, -1 if packed else 0, columns, 0, size * self.size)
         self.entries.append((name, entry, False))
-        self.tensors.append((made, None))
+        end = start + self.threads * size
+    made = make(end)
+    self.tensors += [(made, None)] * len(shapes)
     return made
 
 # %% ../../nbs/26_numba.ipynb #932a06dc
@@ -711,7 +701,7 @@ def free_workspace():
 def _forget(keep):
     "Drop unused blocks, but for so many that were used last."
     unused = [i for i, (_, user) in enumerate(_blocks) if user() is None]
-    for i in reversed(unused[:len(unused) - keep] if len(unused) > keep else []): del _blocks[i]
+    for i in reversed(unused[:max(0, len(unused) - keep)]): del _blocks[i]
 
 def _free_block(needed):
     "The smallest unused block that fits and is not much too large, or a new one."
@@ -831,7 +821,7 @@ def _forward(new, group, given, lengths, key, keep):
     output = new("output", T, B, H)
     memory = new("memory", len(p.states) - 1 if keep else 0, T, B, H)
     if lengths is not None:
-        for v in (output, pre, memory): v.zero_()
+        for v in (output, pre, memory): _array(v).fill(0)
     finals = list(_add_states(call, [output, *memory]))
     yield plan
     last = -1 if lengths is None else (lengths - 1, torch.arange(B))
@@ -856,15 +846,15 @@ def _backward(group, given, saved, lengths, key, keep, input_gradient):
     p, plan, H = call.p, call.plan, call.H
     if keep == 2: plan.sequence("pre", pre)
     _add_scratch(call)
-    like = call.input.new_zeros if lengths is not None else call.new
+    like = call.zeros if lengths is not None else call.new
     g_inputs = [like(*v.shape) for v in call.inputs]
     for a, g in zip(p.inputs, g_inputs): plan.sequence(f"g_{a}", g)
-    g_states = [torch.zeros_like(a) for a in call.states] if g_final is None \
+    g_states = [call.zeros(*a.shape) for a in call.states] if g_final is None \
         else [g.clone() for g in g_final]
     for a, start, history, g in zip(p.states, call.states, [output, *memory], g_states):
         plan.sequence(a, history, first=start, shift=-1)
         plan.rows(f"g_{a}", g)
-    if g_output is None: plan.rows("g_out", call.input.new_zeros(1, H).expand(call.B, H))
+    if g_output is None: plan.rows("g_out", call.zeros(1, H).expand(call.B, H))
     else: plan.sequence("g_out", _rows_dense(g_output))
     g_input = like(*call.input.shape) if input_gradient else call.new(0)
     if input_gradient: plan.sequence("g_input", g_input)
