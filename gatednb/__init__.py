@@ -9,5 +9,7 @@ from gatednb.gates import Gate, catalogue, find_gate, hard_sigmoid, register, si
 from gatednb.cells import Cell
 from gatednb.layers import GRU, LSTM, MGU, RecurrentLayer
 from gatednb.sst import SSTGRU, squared_sigmoid, squared_tanh
+from gatednb.contrast import shifted_sigmoid, shifted_steep_sigmoid, smoothstep
 from gatednb.refined import RefinedGRU, RefinedLSTM, RefinedMGU, refined_add, refined_mul
 from gatednb.kaf import KAFGRU, kaf, kernel_gate
+from gatednb.family import chrono_, uniform_, ur

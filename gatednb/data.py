@@ -23,7 +23,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Source:
     "A file that can be fetched, and how to know it."
-    path: str                # where it lies below a data folder, e.g. "mnist/train-labels-idx1-ubyte.gz"
+    path: str                # where it lies below a data folder, "mnist/train-labels-…"
     md5: str                 # fingerprint of the right file, 32 hexadecimal digits
     urls: tuple[str, ...]    # addresses, tried in this order
 
@@ -58,7 +58,8 @@ def verify(
     "Raise `ChecksumError` unless the file at `path` is `source`."
     found = pooch.file_hash(str(path), alg="md5")
     if found != source.md5:
-        raise ChecksumError(f"{source.path}, read from {origin or path}: expected md5 {source.md5}, found {found}")
+        raise ChecksumError(f"{source.path}, read from {origin or path}: "
+                            f"expected md5 {source.md5}, found {found}")
     return Path(path)
 
 # %% ../nbs/30_data.ipynb #9bfad060
@@ -68,14 +69,17 @@ def find(
 ) -> Path:                  # the verified file
     "Find `source` in a folder that is only read."
     folder = Path(folder).expanduser()
-    if not folder.is_dir(): raise NotADirectoryError(f"GATEDNB_DATA={str(folder)!r}: expected an existing folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"GATEDNB_DATA={str(folder)!r}: expected an existing folder")
     path = folder / source.path
-    if not path.is_file(): raise DataUnavailable(f"{source.path} is not in GATEDNB_DATA={str(folder)!r}, and nothing is downloaded")
+    if not path.is_file():
+        raise DataUnavailable(f"{source.path} is not in GATEDNB_DATA={str(folder)!r}, "
+                              "and nothing is downloaded")
     return verify(source, path)
 
 # %% ../nbs/30_data.ipynb #66416dbe
 def cache_folder() -> Path:    # it need not exist yet
-    "The folder that keeps downloads: `GATEDNB_CACHE`, or the operating system's place for caches."
+    "The folder that keeps downloads: `GATEDNB_CACHE`, or the system's place for caches."
     return Path(os.environ.get("GATEDNB_CACHE") or pooch.os_cache("gatednb")).expanduser()
 
 # %% ../nbs/30_data.ipynb #bb0b85ce
@@ -104,7 +108,7 @@ def download(
     source: Source,         # the file wanted
     folder: str | Path,     # the cache; created when needed
 ) -> Path:                  # the verified file
-    "Return the copy of `source` in the cache, after downloading it if it is missing or damaged."
+    "The copy of `source` in the cache, after downloading it if it is missing or damaged."
     path, wrong, silent = Path(folder) / source.path, None, []
     for url in source.urls:
         for attempt in "first", "second":
@@ -115,24 +119,27 @@ def download(
                 break
     if wrong: raise wrong
     if path.exists(): verify(source, path)    # a damaged copy is damaged, not missing
-    raise DataUnavailable(f"{source.path} is not in {str(folder)!r} and out of reach at {', '.join(silent)}")
+    raise DataUnavailable(f"{source.path} is not in {str(folder)!r} "
+                          f"and out of reach at {', '.join(silent)}")
 
 # %% ../nbs/30_data.ipynb #e40d20b5
 def _keep(source: Source, url: str, path: Path) -> Path:
     "Make sure that `path` holds `source`, from `url` if need be."
+    transfer = lambda url, target, _: _transfer(source, url, target)
     try:
         with quiet(pooch.get_logger()):
             return Path(pooch.retrieve(url, f"md5:{source.md5}", path.name, path.parent,
-                                       downloader=lambda url, target, _: _transfer(source, url, target)))
+                                       downloader=transfer))
     except RequestException: raise    # also an OSError, but not one of the disk
     except OSError as error:
-        raise OSError(f"the cache {str(path.parent)!r} cannot be used ({error}); GATEDNB_CACHE may name another folder") from error
+        raise OSError(f"the cache {str(path.parent)!r} cannot be used ({error}); "
+                      "GATEDNB_CACHE may name another folder") from error
 
 # %% ../nbs/30_data.ipynb #960070ff
 def fetch(
     source: Source,    # the file wanted
 ) -> Path:             # the verified file, to be read only
-    "Return `source` from the folder `GATEDNB_DATA` if that is set, otherwise from the cache or the network."
+    "`source` from the folder `GATEDNB_DATA` if that is set, or from the cache or the network."
     folder = os.environ.get("GATEDNB_DATA")
     return find(source, folder) if folder else download(source, cache_folder())
 
@@ -149,8 +156,10 @@ def read_idx(
     magic, *shape = struct.unpack(f">{1 + ndim}I", content[:start].ljust(start, b"\0"))
     if magic != expected: raise ValueError(f"{path}: magic number {magic}, expected {expected}")
     if len(content) - start != np.prod(shape, dtype=int):
-        raise ValueError(f"{path}: {len(content) - start} elements, expected {shape} as its header says")
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
+        raise ValueError(f"{path}: {len(content) - start} elements, "
+                         f"expected {shape} as its header says")
+    elements = np.frombuffer(content, np.uint8, offset=start)
+    return torch.from_numpy(elements.reshape(shape).copy())
 
 # %% ../nbs/30_data.ipynb #a7250179
 mnist_splits = {    # name → the files it is in, and the rows there
@@ -165,20 +174,23 @@ def check_split(split: str):
     if split in mnist_splits: return
     near = get_close_matches(str(split), mnist_splits, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"split={split!r}: expected one of {', '.join(map(repr, mnist_splits))}{hint}")
+    known = ", ".join(map(repr, mnist_splits))
+    raise ValueError(f"split={split!r}: expected one of {known}{hint}")
 
 # %% ../nbs/30_data.ipynb #74294240
 def load_mnist(
-    split: str = "train",                     # "train" (first 50,000), "valid" (the last 10,000 of 60,000), "test" (10,000)
-    files: dict[str, Source] = mnist_files,   # "train-images", "train-labels", "test-images", "test-labels"
-) -> tuple[Tensor, Tensor]:                   # images, uint8 (N, 28, 28), 0 is paper and 255 ink; labels, int64 (N,), 0 to 9
-    "Load one split of MNIST."
+    split: str = "train",                     # "train", "valid" or "test"
+    files: dict[str, Source] = mnist_files,   # its files, "train-images" and so on
+) -> tuple[Tensor, Tensor]:                   # images, uint8 (N, 28, 28); labels, int64 (N,)
+    "One split of MNIST: images from 0 (paper) to 255 (ink), and their digits."
     check_split(split)
     part, rows = mnist_splits[split]
     images = read_idx(fetch(files[f"{part}-images"]), ndim=3)
     labels = read_idx(fetch(files[f"{part}-labels"]), ndim=1)
-    if len(images) != len(labels): raise ValueError(f"files: {len(images)} images but {len(labels)} labels in part {part!r}")
-    return images[rows].clone(), labels[rows].long()    # a clone, so that 10,000 images do not keep 60,000 in memory
+    if len(images) != len(labels):
+        raise ValueError(f"files: {len(images)} images but {len(labels)} labels "
+                         f"in part {part!r}")
+    return images[rows].clone(), labels[rows].long()    # a clone, to let go of the other images
 
 # %% ../nbs/30_data.ipynb #0c50277b
 @dataclass(frozen=True)
@@ -190,15 +202,18 @@ class Digits:
     labels: Tensor = field(repr=False)  # int64 (N,), 0 to 9
 
 # %% ../nbs/30_data.ipynb #a3036bf7
-bundled_splits = {"train": slice(0, 1197), "valid": slice(1197, 1497), "test": slice(1497, 1797)}
+bundled_splits = {"train": slice(0, 1197), "valid": slice(1197, 1497),
+                  "test": slice(1497, 1797)}
 
 def bundled_digits(split: str) -> Digits:
     "One split of the digits that come with scikit-learn."
-    from sklearn.datasets import load_digits    # here, because it takes a second and is seldom needed
+    from sklearn.datasets import load_digits    # here, for it is slow and seldom needed
     digits, rows = load_digits(), bundled_splits[split]
     images = torch.from_numpy(np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8))
-    note = "This page was run on scikit-learn's bundled digits (8×8 pixels), because MNIST could be neither found nor fetched."
-    return Digits("scikit-learn digits", note, images, torch.from_numpy(digits.target[rows]).long())
+    labels = torch.from_numpy(digits.target[rows]).long()
+    note = ("This page was run on scikit-learn's bundled digits (8×8 pixels), "
+            "because MNIST could be neither found nor fetched.")
+    return Digits("scikit-learn digits", note, images, labels)
 
 # %% ../nbs/30_data.ipynb #51f250f5
 def handwritten_digits(
@@ -211,7 +226,8 @@ def handwritten_digits(
         for source in files.values(): fetch(source)
     except DataUnavailable: return bundled_digits(split)
     images, labels = load_mnist(split, files)
-    return Digits("MNIST", f"This page was run on MNIST ({images.shape[1]}×{images.shape[2]} pixels).", images, labels)
+    pixels = "×".join(map(str, images.shape[1:]))
+    return Digits("MNIST", f"This page was run on MNIST ({pixels} pixels).", images, labels)
 
 # %% ../nbs/30_data.ipynb #0186a263
 def rowwise(
@@ -219,7 +235,8 @@ def rowwise(
 ) -> Tensor:           # float32 (N, H, W) in [0, 1]: H steps of W inputs
     "Read pictures row by row."
     if images.dtype != torch.uint8 or images.ndim != 3:
-        raise ValueError(f"images: expected uint8 of shape (N, H, W), got {images.dtype} of shape {tuple(images.shape)}")
+        raise ValueError("images: expected uint8 of shape (N, H, W), "
+                         f"got {images.dtype} of shape {tuple(images.shape)}")
     return images.float() / 255
 
 # %% ../nbs/30_data.ipynb #47695aca

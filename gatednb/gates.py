@@ -59,7 +59,8 @@ def _check(self: Gate):
         raise ValueError(f"range of gate {self.name!r} is {self.range}; "
                          "expected (smallest, largest)")
     self._check_params()
-    declared = {a for name, (shape, _) in self.params.items() for a in unit_symbols(name, shape).flat}
+    declared = {a for name, (shape, _) in self.params.items()
+                for a in unit_symbols(name, shape).flat}
     free, indexed = self.equation.free_symbols, self.equation.atoms(Indexed)
     unknown = {a.name for a in free - declared if not isinstance(a, gate_symbols)}
     unknown |= {str(a.base) for a in indexed}
@@ -68,19 +69,19 @@ def _check(self: Gate):
                          f"{sorted(unknown)}; expected s, x, a state, a gate or another symbol "
                          "made by a class of gatednb.symbols, or one of its params "
                          f"{sorted(self.params)}")
-    torch_function(self.equation, *sorted(free, key=str))       # refuses a function without a program
+    torch_function(self.equation, *sorted(free, key=str))    # refuses what it cannot compute
 
 @patch
 def _check_params(self: Gate):
     for name, (shape, initial) in self.params.items():
         if not callable(initial) and np.shape(initial) not in ((), shape):
-            raise ValueError(f"params[{name!r}] of gate {self.name!r} starts from values of shape "
-                             f"{np.shape(initial)}; expected {shape}, a number or a function")
+            raise ValueError(f"params[{name!r}] of gate {self.name!r} starts from values of "
+                             f"shape {np.shape(initial)}; expected {shape}, a number or a "
+                             "function")
     for a in self.expr.doit().atoms(Indexed):
-        shape = self.params.get(str(a.base), (None,))[0]
-        index = tuple(map(int, a.indices))
-        if shape is not None and (len(index) != len(shape) or any(not 0 <= i < n for i, n in zip(index, shape))):
-            raise ValueError(f"expr of gate {self.name!r} contains {a}; params[{str(a.base)!r}] "
+        name, index = str(a.base), tuple(map(int, a.indices))
+        if name in self.params and index not in np.ndindex(shape := self.params[name][0]):
+            raise ValueError(f"expr of gate {self.name!r} contains {a}; params[{name!r}] "
                              f"has shape {shape}")
 
 # %% ../nbs/03_gates.ipynb #22e8c88c
@@ -209,7 +210,7 @@ def derivative(self: Gate,
 def _repr_latex_(self: Gate):
     lines = [rf"g &= {latex(self.expr)}"]
     if not self.expr.has(sympy.Sum):
-        slope = sympy.factor_terms(self.derivative(), clear=False)          # 2 (1 - σ), not 2 - 2 σ
+        slope = sympy.factor_terms(self.derivative(), clear=False)     # 2 (1 - σ), not 2 - 2 σ
         lines.append(rf"\frac{{\partial g}}{{\partial s}} &= {latex(slope)}")
     return r"$\displaystyle \begin{aligned}" + r" \\ ".join(lines) + r"\end{aligned}$"
 

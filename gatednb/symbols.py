@@ -176,7 +176,8 @@ class PagePrinter(LatexPrinter):
         return super()._print_ExpBase(expr, exp)
 
     def _print_Abs(self, expr, exp=None):           # a bar would end the column of a table
-        return rf"\left\lvert {self._print(expr.args[0])} \right\rvert" + (f"^{{{exp}}}" if exp else "")
+        bars = rf"\left\lvert {self._print(expr.args[0])} \right\rvert"
+        return bars + (f"^{{{exp}}}" if exp else "")
 
     def _print_Heaviside(self, expr, exp=None): return rf"[{self._print(expr.args[0])} > 0]"
 

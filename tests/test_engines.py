@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from gatednb import GRU, KAFGRU, LSTM, MGU, Cell, Gate, RecurrentLayer, RefinedLSTM, catalogue, s, x
 from gatednb.cells import Slot, U, W, gru, lstm, mgu
-from gatednb.engines import eager, numba
+from gatednb.engines import eager, numba, resources
 from gatednb.engines.vectors import assembly, register_bytes, x86
 from gatednb.lowering import Segment
 from gatednb.symbols import Candidate, GateValue, Input, NextState, Parameter, PreActivation, State, StepInput, sigmoid
@@ -64,6 +64,10 @@ CELLS = {
     "gru kaf_random": both(True, True, "kaf_random"),
     "gru kaf_no_residual": both(False, True, "kaf_no_residual"),
     "gru refined_add": both(True, True, "refined_add", "sigmoid"),
+    "gru shifted_sigmoid": both(False, False, "shifted_sigmoid"),
+    "gru shifted_steep_sigmoid": both(True, False, "shifted_steep_sigmoid"),
+    "gru smoothstep": both(False, True, "smoothstep"),
+    "lstm ur": lstm().fill(input_gate="ur", forget_gate="ur"),
     "gru tanh": both(False, True, "tanh", "sigmoid"),
     "gru learned": both(True, True, LEARNED),
     "gru two": both(False, True, TWO_PRE_ACTIVATIONS),
@@ -245,7 +249,7 @@ def test_threads_share_the_batch(cell, threads, lengths, recompute):
     torch.set_num_threads(threads)
     try:
         program = numba.programs[numba.program_key(cell)]
-        assert len(numba._shares(64, numba._work(program, 40, 64, 66, 65), case.lengths)) == threads
+        assert len(resources.split_rows(64, resources.multiplications(program, 40, 64, 66, 65), case.lengths)) == threads
         assert_same(case.results(numba.run, recompute=recompute), case.results(eager.run))
     finally: torch.set_num_threads(before)
 
@@ -541,7 +545,7 @@ def test_other_states_and_lengths_are_refused():
 
 def test_replicas_take_no_more_threads_than_allowed(monkeypatch):
     started = []
-    monkeypatch.setattr(numba, "_run_team", lambda team, tables: started.append(len(tables)))
+    monkeypatch.setattr(resources, "_run_team", lambda team, tables: started.append(len(tables)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try: torch.vmap(GRU(3, 40))(torch.randn(12, 40, 8, 3))
@@ -574,7 +578,7 @@ START = '''
 import os, signal, sys, threading, time, warnings
 import torch
 from gatednb import GRU, KAFGRU, LSTM
-from gatednb.engines import numba
+from gatednb.engines import numba, resources
 warnings.simplefilter("ignore")                # Python warns of every fork of a process with threads
 torch.set_num_threads(2)
 
@@ -584,7 +588,7 @@ given = torch.randn(48, 8, 60, dtype=torch.float64)
 layers = {kind: kind(60, 60, dtype=torch.float64) for kind in (GRU, LSTM, KAFGRU)}
 for layer in layers.values():
     program = numba.programs[numba.program_key(layer.cell)]
-    assert len(numba._shares(8, numba._work(program, 48, 8, 60, 60))) == 2
+    assert len(resources.split_rows(8, resources.multiplications(program, 48, 8, 60, 60))) == 2
 
 def compute(kind, backend):
     "Output and gradients."
@@ -618,7 +622,7 @@ def test_fork_after_use():
     def child(generation):
         child_id = os.fork()
         if child_id == 0:
-            print(work(), work(LSTM), numba._state["forked"], flush=True)
+            print(work(), work(LSTM), resources._state["forked"], flush=True)
             if generation < 2: child(generation + 1)
             os._exit(0)
         for _ in range(200):
@@ -636,7 +640,7 @@ def test_fork_after_use():
 def test_fork_while_another_thread_asks_for_memory():
     check('''
     print(work(), flush=True)
-    with numba._blocks_lock:
+    with resources._blocks_lock:
         child_id = os.fork()
         if child_id == 0:
             signal.alarm(20)
@@ -677,7 +681,7 @@ def test_three_threads_at_once():
             found.append(work(kinds[(i + k) % 3]))
         return all(found)
     for forked in (False, True):
-        numba._state["forked"] = forked
+        resources._state["forked"] = forked
         with ThreadPoolExecutor(3) as pool: print(*pool.map(one, range(3)))
     ''')
 
@@ -685,6 +689,6 @@ def test_three_threads_at_once():
 def test_one_thread():
     check('''
     torch.set_num_threads(1)
-    numba._team = None         # not even asked for
-    print(work(), work(LSTM), numba._state["pool"] is None)
+    resources._team = None         # not even asked for
+    print(work(), work(LSTM), resources._state["pool"] is None)
     ''')

@@ -8,7 +8,7 @@ from conftest import ROOT, SITE
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 READ = {path.stem: nbformat.read(path, as_version=4) for path in NOTEBOOKS}
-MEASURED = [name for name in READ if re.match(r"[13]\d_", name)]                # parts whose numbers must be computed
+MEASURED = [name for name in READ if re.match(r"[13]\d\w*_", name)]                # parts whose numbers must be computed
 
 def settings():
     config = configparser.ConfigParser(delimiters=["="])
@@ -49,6 +49,21 @@ def test_no_outputs_are_committed(name):
 def test_cells_are_small(name):
     long = [cell.source.split("\n")[0] for cell in READ[name].cells if cell.cell_type == "code" and cell.source.count("\n") >= 40]
     assert not long
+
+@pytest.mark.parametrize("name", READ)
+def test_pages_are_read_in_a_sitting(name):
+    book = pytest.importorskip("gatednb.book")
+    assert book.reading_minutes(READ[name]) <= 25
+
+EXEMPT = {"index", "91_api", "92_book", "93_plots", "94_exercises", "95_traceability", "96_errata", "98_symbols", "99_solutions"}
+
+@pytest.mark.parametrize("name", sorted(set(READ) - EXEMPT))
+def test_chapters_have_exercises(name):
+    text = "\n".join(cell.source for cell in READ[name].cells)
+    asked = re.findall(r"\{exercise\}[^\n]*\n:label: (ex-\S+)", text)
+    solved = re.findall(r"\{solution-start\} (\S+)", text)
+    assert len(asked) >= 5 and sorted(asked) == sorted(solved)
+    assert len(set(re.findall(r"\bcheck_\w+(?= = Question)", text))) >= 3
 
 def test_every_notebook_is_in_the_table_of_contents():
     named = set(re.findall(r"nbs/([\w-]+)", (ROOT / "_toc.yml").read_text(encoding="utf-8")))

@@ -67,6 +67,11 @@ def test_accessible(opened, mode):
              if violation["impact"] in ("serious", "critical") for node in violation["nodes"][:3]]
     assert not grave, "\n".join(grave)
 
+def test_solutions_pass_their_checks(opened):
+    page, _ = opened
+    wrong = page.locator(".solution .output").evaluate_all("all => all.map(node => node.textContent).filter(text => text.includes('Not yet'))")
+    assert wrong == []
+
 def test_figures_have_no_box_in_dark_mode(opened):
     page, _ = opened
     set_mode(page, "dark")
