@@ -501,7 +501,8 @@ def add_header(
         local = relative_uri(app.builder.get_target_uri(page), f"colab/{path.name}")
         html = [f'<a class="chapter-button" href="{colab_url(path.stem)}">Open in Colab</a>',
                 f'<a class="chapter-button" href="{local}" download>Download the notebook</a>']
-    html.append(f"<span>About {max(1, round(reading_minutes(notebook)))} minutes to read.</span>")
+    minutes = max(1, round(reading_minutes(notebook)))
+    html.append(f"<span>About {minutes} minute{'s' * (minutes > 1)} to read.</span>")
     if record and record.get("runtime"): html.append(f"<span>{running_times(path.stem, record['runtime'])}</span>")
     note = nodes.raw("", f'<p class="chapter-note">{" ".join(html)}</p>', format="html")
     title.parent.insert(title.parent.index(title) + 1, note)

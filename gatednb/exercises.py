@@ -29,7 +29,9 @@ class Verdict(NamedTuple):
     message: str
 
     def __bool__(self): return self.right
-    def __repr__(self): return f"{'Right.' if self.right else 'Not yet:'} {self.message}".strip()
+    def __repr__(self):
+        return f"{'Right.' if self.right else 'Not yet:'} {self.message}".strip()
+
     def _repr_markdown_(self): return repr(self)
 
 # %% ../nbs/94_exercises.ipynb #add54203
@@ -46,8 +48,10 @@ def _read_numbers(answer):
     if isinstance(answer, (set, frozenset)):
         raise Unreadable("You gave a set, which has no order; give a list of numbers.")
     if unknown := getattr(answer, "free_symbols", None):
-        raise Unreadable(f"Your answer still contains {_listed(unknown)}; put a number in its place.")
-    if isinstance(answer, torch.Tensor): answer = answer.detach().cpu().to_dense().resolve_conj().numpy()
+        raise Unreadable(f"Your answer still contains {_listed(unknown)}; "
+                         "put a number in its place.")
+    if isinstance(answer, torch.Tensor):
+        answer = answer.detach().cpu().to_dense().resolve_conj().numpy()
     try: found = np.asarray(_plain(answer), dtype=np.complex128)
     except ValueError: raise Unreadable("The rows of your answer differ in length.") from None
     if found.imag.any(): raise Unreadable("Your answer is not real.")
@@ -63,7 +67,8 @@ def _plain(answer):
         raise Unreadable(f"You gave the text {_short(answer)} where a number is expected; "
                          "leave out the quotation marks.")
     if not isinstance(answer, (Number, sympy.Expr, torch.Tensor)):
-        raise Unreadable(f"{_short(answer)} is a {type(answer).__name__}; a number is expected.")
+        kind = type(answer).__name__
+        raise Unreadable(f"{_short(answer)} is a {kind}; a number is expected.")
     try: return complex(answer)
     except (TypeError, ValueError, OverflowError):
         raise Unreadable(f"{_short(answer)} is no number that a computer holds.") from None
@@ -74,9 +79,9 @@ def _short(thing): return textwrap.shorten(repr(thing), 60, placeholder=" …")[
 # %% ../nbs/94_exercises.ipynb #2ed794b3
 def _read_function(answer, at):
     "The values of an answer at given arguments, symbol's name → tensor; or `Unreadable`."
-    at = {name: value.clone() for name, value in at.items()}     # whatever the answer does to it
-    number = isinstance(answer, (Number, torch.Tensor, np.ndarray)) or getattr(answer, "is_number", False)
-    if number or isinstance(answer, (list, tuple)):
+    at = {name: value.clone() for name, value in at.items()}     # an answer may write to it
+    numbers = isinstance(answer, (Number, torch.Tensor, np.ndarray, list, tuple))
+    if numbers or getattr(answer, "is_number", False):
         raise Unreadable(f"You gave numbers; a function of {_listed(at)} is expected.")
     if isinstance(answer, sympy.Basic): return _read_numbers(_read_formula(answer, at))
     if isinstance(answer, Gate): return _read_numbers(_read_gate(answer, at))
@@ -86,7 +91,8 @@ def _read_function(answer, at):
 
 def _read_gate(gate, at):
     if surplus := {a.name for a in gate.inputs} - at.keys():
-        raise Unreadable(f"Your gate also depends on {_listed(surplus)}; it may depend on {_listed(at)}.")
+        raise Unreadable(f"Your gate also depends on {_listed(surplus)}; "
+                         f"it may depend on {_listed(at)}.")
     others = {a.name: at[a.name] for a in gate.inputs if a.name != "s"}
     value = gate(at.get("s", grid), **others)
     return value.expand(torch.broadcast_shapes(*(v.shape for v in at.values())))
@@ -96,7 +102,8 @@ def _read_formula(formula, at):
     "A formula's values; symbols count by their names, whatever they were made with."
     symbols = {a.name: a for a in formula.free_symbols}
     if unknown := symbols.keys() - at.keys():
-        raise Unreadable(f"Your formula contains {_listed(unknown)}; it may contain {_listed(at)}.")
+        raise Unreadable(f"Your formula contains {_listed(unknown)}; "
+                         f"it may contain {_listed(at)}.")
     if isinstance(formula, (Relational, BooleanFunction, BooleanAtom)):
         raise Unreadable("You gave an equation; give its right-hand side.")
     names = {"sigmoid": lambda u: 1 / (1 + np.exp(-u))}
@@ -134,7 +141,8 @@ def _read_words(answer):
     if isinstance(answer, (bool, np.bool_)) or answer is sympy.true or answer is sympy.false:
         answer = str(bool(answer))
     if isinstance(answer, str): answer = answer.split(",")
-    if not isinstance(answer, (set, frozenset, list, tuple)) or not all(isinstance(a, str) for a in answer):
+    several = isinstance(answer, (set, frozenset, list, tuple))
+    if not several or not all(isinstance(a, str) for a in answer):
         raise Unreadable(f"You gave {_short(answer)}; a word in quotation marks is expected, or "
                          "a set of words (or True or False, if that was the question).")
     return {" ".join(re.sub(r"[-_.;:!?]", " ", a.lower()).split()) for a in answer} - {""}
@@ -159,10 +167,12 @@ def _slip(found, expected, close):
 def _where(found, expected, at):
     "Where an answer that is wrong differs most."
     if found.dim() == 0: return f"It is too {'large' if found > expected else 'small'}."
-    gap = (found - expected).abs().nan_to_num(nan=0.)            # equal infinities do not differ
+    gap = (found - expected).abs().nan_to_num(nan=0.)      # equal infinities do not differ
     worst = np.unravel_index(gap.argmax().item(), tuple(found.shape))
     size = "large" if found[worst] > expected[worst] else "small"
-    if at is None: return f"Entry {worst[0] if len(worst) == 1 else worst} (counted from 0) is too {size}."
+    if at is None:
+        entry = worst[0] if len(worst) == 1 else tuple(map(int, worst))
+        return f"Entry {entry} (counted from 0) is too {size}."
     shape = found.shape
     point = ", ".join(f"{name} = {v.expand(shape)[worst].item():.3g}" for name, v in at.items())
     return f"It is too {size} at {point}, where it is {found[worst].item():.4g}."
@@ -172,12 +182,12 @@ class Question:
     "A question that knows its answer: call it with one, and it says what it thinks of it."
 
     def __init__(self,
-        expected: Any,                          # number(s); gate, formula or function; word(s); or a bool
-        hints: Mapping[str, Any] | None = None, # hint → the wrong answer it is for, or a test of the answer's values
+        expected: Any,                          # numbers, a gate, formula or function, or words
+        hints: Mapping[str, Any] | None = None, # hint → wrong answer, or a test of the values
         *,
         symbols: tuple[str, ...] = ("s",),      # names of a function's arguments, in order
-        at: Mapping[str, torch.Tensor] | None = None,  # name → where functions are compared, if not on `grid`
-        rtol: float | None = None,              # relative tolerance; None: 1e-3 for numbers, 1e-6 for functions
+        at: Mapping[str, torch.Tensor] | None = None,   # name → where functions are compared
+        rtol: float | None = None,              # None: 1e-3 for numbers, 1e-6 for functions
     ):
         self.at = dict(at or dict.fromkeys(symbols, grid)) if _is_function(expected) else None
         self.rtol = rtol or (1e-3 if self.at is None else 1e-6)
@@ -196,7 +206,7 @@ class Question:
             return Verdict(False, f"Your answer could not be read. {_told(error)}")
         hint = self._wrong_words(found) if self.words else self._wrong_numbers(found)
         if hint is None: return Verdict(True, "")
-        return Verdict(False, self._hint_for(found) or hint)
+        return Verdict(False, hint)
 
 # %% ../nbs/94_exercises.ipynb #d70d74f7
 def _is_function(expected):
@@ -215,18 +225,23 @@ def _wrong_numbers(self: Question, found):
     right = self.right
     if found.numel() == right.numel() == 1: found = found.reshape(right.shape)
     if found.shape != right.shape:
-        return f"Your answer has the shape {tuple(found.shape)}; {tuple(right.shape)} is expected."
+        return (f"Your answer has the shape {tuple(found.shape)}; "
+                f"{tuple(right.shape)} is expected.")
     if (unclear := found.isnan() & ~right.isnan()).any():
-        which = "Your answer is" if found.dim() == 0 else f"{int(unclear.sum())} of {found.numel()} values are"
-        return f"{which} not a number (NaN), as 0/0 or the logarithm of a negative number would be."
+        some = f"{int(unclear.sum())} of {found.numel()} values are"
+        return (f"{'Your answer is' if found.dim() == 0 else some} not a number (NaN), as 0/0 "
+                "or the logarithm of a negative number would be.")
     if self._close(found): return None
-    return _slip(found, right, self._close) or _where(found, right, self.at)
+    return (self._hint_for(found) or _slip(found, right, self._close)
+            or _where(found, right, self.at))
 
 @patch
 def _wrong_words(self: Question, found):
     "What is wrong with words, or None."
     if found == self.right: return None
-    if surplus := found - self.right: return f"{textwrap.shorten(_listed(surplus), 60, placeholder=' …')[:60]}: no."
+    if hint := self._hint_for(found): return hint
+    if surplus := found - self.right:
+        return f"{textwrap.shorten(_listed(surplus), 60, placeholder=' …')[:60]}: no."
     return f"Right as far as it goes, but that is {len(found)} of {len(self.right)}."
 
 # %% ../nbs/94_exercises.ipynb #4dc770f2
@@ -236,7 +251,7 @@ def _applies(self: Question, wrong):
     if callable(wrong) and not isinstance(wrong, Gate): return wrong
     known = self._read(wrong)
     if self.words: return known.__eq__
-    return lambda found: found.numel() == known.numel() and self._close(found.reshape(known.shape), known)
+    return lambda found: self._close(found, known.reshape(found.shape))
 
 @patch
 def _hint_for(self: Question, found):
@@ -244,4 +259,4 @@ def _hint_for(self: Question, found):
     for hint, applies in self.hints.items():
         try:
             if applies(found): return hint
-        except Exception: continue      # a test that does not understand the answer has nothing to say
+        except Exception: continue      # a test that cannot read the answer says nothing

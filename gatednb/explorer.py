@@ -32,7 +32,8 @@ def javascript(
 
 # %% ../nbs/14_explorer.ipynb #f8b92e29
 MATHS = """
-const {exp, log, sinh, cosh, tanh, sqrt, sign, pow, max: maximum, min: minimum, abs: Abs} = Math;
+const {exp, log, sinh, cosh, tanh, sqrt, sign, pow} = Math;
+const {max: maximum, min: minimum, abs: Abs} = Math;
 const sigmoid = u => u >= 0 ? 1 / (1 + exp(-u)) : exp(u) / (1 + exp(u));
 const Heaviside = u => (sign(u) + 1) / 2;
 """
@@ -47,10 +48,12 @@ def browser_function(
     shared, (value, slope) = sympy.cse(both, symbols=sympy.numbered_symbols("v_"), order="none")
     lines = [f"const {{{', '.join(map(str, others))}}} = p;"] if others else []
     lines += [f"const {name} = {javascript(part)};" for name, part in shared]
-    return f"(s, p) => {{ {' '.join(lines)} return [{javascript(value)}, {javascript(slope)}]; }}"
+    body = f"{' '.join(lines)} return [{javascript(value)}, {javascript(slope)}];"
+    return f"(s, p) => {{ {body} }}"
 
 # %% ../nbs/14_explorer.ipynb #f7db13a4
-WORDS = {"x": "input x", "log_gamma": "bandwidth parameter, log γ", "alpha": "mixing coefficient α"}
+WORDS = {"x": "input x", "rho": "second pre-activation ρ",
+         "log_gamma": "bandwidth parameter, log γ", "alpha": "mixing coefficient α"}
 
 def knob(
     symbol: sympy.Symbol,    # of a gate's equation
@@ -69,7 +72,8 @@ def knobs(
     gate: Gate,          # any gate
 ) -> list[dict]:         # as `knob` makes them
     "The sliders of a gate: its inputs beside s, then its learned numbers."
-    inputs = [knob(a, 0., 6. if isinstance(a, PreActivation) else 2.) for a in gate.inputs if a != s]
+    inputs = [knob(a, 0., 6. if isinstance(a, PreActivation) else 2.)
+              for a in gate.inputs if a != s]
     learned = []
     for name, values in gate.initial_parameters(1, torch.float64).items():
         numbers = values[..., 0]
@@ -89,22 +93,25 @@ const element = (name, attributes, text) => {
 };
 const scale = (from, to, a, b) => u => a + (u - from) / (to - from) * (b - a);
 const ticks = (from, to) => {
-  const step = [.01, .02, .05, .1, .2, .25, .5, 1, 2, 4, 5].find(step => (to - from) / step <= 6) || (to - from) / 4;
+  const fits = step => (to - from) / step <= 6;
+  const step = [.01, .02, .05, .1, .2, .25, .5, 1, 2, 4, 5].find(fits) || (to - from) / 4;
   const found = [];
   for (let k = Math.ceil(from / step - 1e-9); k * step <= to + 1e-9; k++) found.push(k * step);
   return found;
 };
 const panel = (svg, xs, ys, power) => {
   svg.replaceChildren();
-  const x = scale(...xs, size.left, size.w - size.right), y = scale(...ys, size.h - size.bottom, size.top);
+  const {left, top} = size, right = size.w - size.right, bottom = size.h - size.bottom;
+  const x = scale(...xs, left, right), y = scale(...ys, bottom, top);
   const label = u => String(Math.round(u * 1e6) / 1e6);
   for (const u of ticks(...xs)) {
-    svg.append(element("line", {x1: x(u), x2: x(u), y1: size.top, y2: size.h - size.bottom, class: "grid"}));
+    svg.append(element("line", {x1: x(u), x2: x(u), y1: top, y2: bottom, class: "grid"}));
     svg.append(element("text", {x: x(u), y: size.h - 8, "text-anchor": "middle"}, label(u)));
   }
   for (const u of power ? [0, 1, 2, 3] : ticks(...ys)) {
-    svg.append(element("line", {x1: size.left, x2: size.w - size.right, y1: y(u), y2: y(u), class: "grid"}));
-    svg.append(element("text", {x: size.left - 5, y: y(u) + 4, "text-anchor": "end"}, label(power ? pow(10, u) : u)));
+    const height = label(power ? pow(10, u) : u);
+    svg.append(element("line", {x1: left, x2: right, y1: y(u), y2: y(u), class: "grid"}));
+    svg.append(element("text", {x: left - 5, y: y(u) + 4, "text-anchor": "end"}, height));
   }
   return {x, y, shows: u => u >= ys[0] - 1e-9 && u <= ys[1] + 1e-9};
 };
@@ -122,29 +129,33 @@ const line = (svg, at, to, kind) => {
   svg.append(element("path", {d: path, class: kind}));
 };
 const dot = (svg, u, v, to) => {
-  if (to.shows(v)) svg.append(element("circle", {cx: to.x(u), cy: to.y(v), r: 4.5, class: "dot"}));
+  if (!to.shows(v)) return;
+  svg.append(element("circle", {cx: to.x(u), cy: to.y(v), r: 4.5, class: "dot"}));
 };
 const bars = (svg, shares, xs, to) => {
   const width = (xs[1] - xs[0]) / shares.length;
   shares.forEach((share, k) => {
-    const top = to.y(share), left = to.x(xs[0] + k * width), right = to.x(xs[0] + (k + 1) * width);
-    svg.append(element("rect", {x: left + .5, width: right - left - 1, y: top, height: to.y(0) - top, class: "bar"}));
+    const left = to.x(xs[0] + k * width) + .5, right = to.x(xs[0] + (k + 1) * width) - .5;
+    const y = to.y(share), height = to.y(0) - y;
+    svg.append(element("rect", {x: left, width: right - left, y, height, class: "bar"}));
   });
 };
 """
 
 # %% ../nbs/14_explorer.ipynb #66ded8de
 SHOWN = """
-const span = [-8, 8], points = Array.from({length: 321}, (_, k) => span[0] + k * .05);
-const normal = Array.from({length: 6001}, (_, k) => -6 + k * .002).map(u => [u, exp(-u * u / 2)]);
-const gate = () => gates[ui("gate").value];
-const values = () => Object.fromEntries(gate().knobs.map(k => [k.name, Number(ui(k.name).value)]));
+const evenly = (from, step, number) => Array.from({length: number}, (_, k) => from + k * step);
+const span = [-8, 8], points = evenly(span[0], .05, 321);
+const normal = evenly(-6, .002, 6001).map(u => [u, exp(-u * u / 2)]);
+const gate = () => gates[ui("gate").value], number = name => Number(ui(name).value);
+const values = () => Object.fromEntries(gate().knobs.map(k => [k.name, number(k.name)]));
 const at = (u, p) => {
-  const a = Number(ui("slope").value), b = Number(ui("shift").value), [value, slope] = gate().f(a * (u - b), p);
+  const a = number("slope"), [value, slope] = gate().f(a * (u - number("shift")), p);
   return [value, a * slope];
 };
 const statistics = p => {
-  const [low, high] = gate().view, shares = Array(40).fill(0), sums = {weight: 0, mean: 0, square: 0, shut: 0, wide: 0};
+  const [low, high] = gate().view, shares = Array(40).fill(0);
+  const sums = {weight: 0, mean: 0, square: 0, shut: 0, wide: 0};
   for (const [u, weight] of normal) {
     const g = at(u, p)[0], k = Math.floor((g - low) / (high - low) * shares.length);
     shares[Math.min(shares.length - 1, Math.max(0, k))] += weight;
@@ -152,39 +163,55 @@ const statistics = p => {
     sums.shut += g < .1 ? weight : 0; sums.wide += g > .9 ? weight : 0;
   }
   const of = key => sums[key] / sums.weight;
-  const sd = sqrt(maximum(0, of("square") - of("mean") * of("mean")));
-  return {shares: shares.map(v => v / sums.weight), mean: of("mean"), sd, shut: of("shut"), wide: of("wide")};
+  const mean = of("mean"), sd = sqrt(maximum(0, of("square") - mean * mean));
+  const counted = shares.map(v => v / sums.weight);
+  return {shares: counted, mean, sd, shut: of("shut"), wide: of("wide")};
 };
 """
 
 # %% ../nbs/14_explorer.ipynb #476ff4a4
 UPDATE = """
-const short = v => !Number.isFinite(v) ? "–" : Math.abs(v) >= 1e4 || (v !== 0 && Math.abs(v) < 1e-3) ? v.toExponential(2) : String(Number(v.toPrecision(4)));
-const kept = g => g >= 0 && g < 1 ? 1 / (1 - g) : NaN;
-const say = (name, text) => { root.querySelector(`[data-shown="${name}"]`).textContent = text; };
+const short = v => {
+  if (v === Infinity) return "∞";
+  if (!Number.isFinite(v)) return "–";
+  const size = Abs(v), plain = size < 1e4 && (size >= 1e-3 || v === 0);
+  return plain ? String(Number(v.toPrecision(4))) : v.toExponential(2);
+};
+const percent = share => `${(100 * share).toFixed(1)} %`;
+const kept = g => g >= 0 && g <= 1 ? 1 / (1 - g) : NaN;
+const say = (name, text) => {
+  root.querySelector(`[data-shown="${name}"]`).textContent = text;
+};
 const update = () => {
-  const p = values(), u = Number(ui("s").value), [g, slope] = at(u, p), found = statistics(p);
-  const curve = points.map(v => [v, ...at(v, p)]), view = gate().view, log10 = v => log(v) / Math.LN10;
-  const slopes = curve.map(c => c[2]), top = maximum(.3, ...slopes), bottom = minimum(0, ...slopes);
-  for (const input of root.querySelectorAll("input")) input.previousElementSibling.textContent = short(Number(input.value));
+  const p = values(), u = number("s"), [g, slope] = at(u, p), found = statistics(p);
+  const curve = points.map(v => [v, ...at(v, p)]), view = gate().view;
+  const log10 = v => log(v) / Math.LN10, slopes = curve.map(c => c[2]);
+  const top = maximum(.3, ...slopes), bottom = minimum(0, ...slopes);
+  for (const input of root.querySelectorAll("input")) {
+    input.previousElementSibling.textContent = short(Number(input.value));
+  }
   say("value", short(g)); say("slope", short(slope));
   say("keeps", short(kept(g))); say("writes", short(kept(1 - g)));
   say("mean", short(found.mean)); say("sd", short(found.sd));
-  say("shut", short(100 * found.shut) + " %"); say("wide", short(100 * found.wide) + " %");
+  say("shut", percent(found.shut)); say("wide", percent(found.wide));
   const reference = points.map(v => [v, sigmoid(v), sigmoid(v) * (1 - sigmoid(v))]);
   const draw = (name, ys, pick, heights, power) => {
-    const svg = root.querySelector(`svg[data-panel="${name}"]`), to = panel(svg, span, ys, power);
+    const svg = root.querySelector(`svg[data-panel="${name}"]`);
+    const to = panel(svg, span, ys, power);
     line(svg, reference.map(c => [c[0], pick(c)]), to, "reference");
     line(svg, curve.map(c => [c[0], pick(c)]), to, "curve");
     dot(svg, u, pick([u, g, slope]), to);
-    svg.setAttribute("aria-label", `${name} over the pre-activation; ${heights} at s = ${short(u)}`);
+    const said = `${name} over the pre-activation; ${heights} at s = ${short(u)}`;
+    svg.setAttribute("aria-label", said);
   };
   draw("gate", view, c => c[1], short(g));
   draw("derivative", [bottom, top * 1.1], c => c[2], short(slope));
   draw("steps kept", [0, 3], c => log10(kept(c[1])), short(kept(g)), true);
-  const svg = root.querySelector('svg[data-panel="histogram"]'), most = maximum(.02, ...found.shares);
+  const svg = root.querySelector('svg[data-panel="histogram"]');
+  const most = maximum(.02, ...found.shares), spread = `standard deviation ${short(found.sd)}`;
   bars(svg, found.shares, view, panel(svg, view, [0, most * 1.1]));
-  svg.setAttribute("aria-label", `Histogram of the gate for normal pre-activations: mean ${short(found.mean)}, standard deviation ${short(found.sd)}`);
+  const said = "Histogram of the gate for normal pre-activations: mean";
+  svg.setAttribute("aria-label", `${said} ${short(found.mean)}, ${spread}`);
 };
 """
 
@@ -200,41 +227,57 @@ const slider = k => {
   return label;
 };
 const choose = () => {
-  const own = root.querySelector(".own"), many = gate().knobs.length > 3, few = gate().knobs.filter(k => !many || !/_[0-9]+$/.test(k.name));
+  const own = root.querySelector(".own"), many = gate().knobs.length > 3;
+  const few = gate().knobs.filter(k => !many || !/_[0-9]+$/.test(k.name));
   own.replaceChildren(...few.map(slider));
   if (many) {
-    const details = document.createElement("details"), summary = document.createElement("summary");
+    const details = document.createElement("details");
+    const summary = document.createElement("summary");
     summary.textContent = "mixing coefficients";
     details.append(summary, ...gate().knobs.filter(k => !few.includes(k)).map(slider));
     own.append(details);
   }
   update();
 };
-root.querySelector("form").addEventListener("input", event => event.target.name === "gate" ? choose() : update());
-root.querySelector("form").addEventListener("reset", () => setTimeout(choose));
-root.querySelector("form").addEventListener("submit", event => event.preventDefault());
+const form = root.querySelector("form");
+form.addEventListener("input", event => event.target.name === "gate" ? choose() : update());
+form.addEventListener("reset", () => setTimeout(choose));
+form.addEventListener("submit", event => event.preventDefault());
 choose();
 """
 
 # %% ../nbs/14_explorer.ipynb #529699c2
 STYLE = """
-.gate-explorer { display: grid; grid-template-columns: minmax(14rem, 1fr) 2fr; gap: 1rem 1.5rem; color: inherit; }
-.gate-explorer form > label, .gate-explorer .own label { display: block; margin-bottom: .5rem; }
+.gate-explorer { color: inherit; }
+.gate-explorer form, .gate-explorer .panels {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: .5rem 2rem; }
+.gate-explorer .own { display: contents; }
+.gate-explorer details { grid-column: 1 / -1; columns: 16rem; column-gap: 2rem; }
+.gate-explorer summary { column-span: all; }
+.gate-explorer label { display: block; break-inside: avoid; }
 .gate-explorer select, .gate-explorer input { width: 100%; display: block; min-height: 1.6rem; }
-.gate-explorer select, .gate-explorer button { font: inherit; color: inherit; background: transparent; border: 1px solid currentColor; border-radius: .3rem; padding: .2rem .5rem; }
+.gate-explorer select, .gate-explorer button { font: inherit; color: inherit;
+  background: transparent; border: 1px solid currentColor; border-radius: .3rem;
+  padding: .2rem .5rem; }
+.gate-explorer button { justify-self: start; align-self: end; }
 .gate-explorer option { color: #000; background: #fff; }
 .gate-explorer output { float: right; font-variant-numeric: tabular-nums; }
 .gate-explorer :focus-visible { outline: 3px solid #2f86d6; outline-offset: 2px; }
-.gate-explorer .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; }
-.gate-explorer figure { margin: 0; } .gate-explorer figcaption { font-size: .9em; text-align: left; }
-.gate-explorer dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .3rem 1rem; margin: 0 0 1rem; }
-.gate-explorer dt { font-weight: normal; } .gate-explorer dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
-.gate-explorer svg { width: 100%; height: auto; } .gate-explorer svg text { font-size: 11px; fill: currentColor; }
+.gate-explorer figure { margin: 0; padding: 0; }
+.gate-explorer figure figcaption { font-size: .9em; font-weight: normal; text-align: left;
+  color: inherit; }
+.gate-explorer dl { display: grid; grid-template-columns: repeat(4, 1fr); gap: .3rem 1rem;
+  margin: 1rem 0; }
+.gate-explorer dt { font-weight: normal; }
+.gate-explorer dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
+.gate-explorer svg { width: 100%; height: auto; }
+.gate-explorer svg text { font-size: 11px; fill: currentColor; }
 .gate-explorer .grid { stroke: currentColor; opacity: .18; }
 .gate-explorer .curve { fill: none; stroke: #2f86d6; stroke-width: 2.2; }
-.gate-explorer .reference { fill: none; stroke: currentColor; stroke-width: 1.2; stroke-dasharray: 2 4; opacity: .8; }
+.gate-explorer .reference { fill: none; stroke: currentColor; stroke-width: 1.2;
+  stroke-dasharray: 2 4; opacity: .8; }
 .gate-explorer .dot { fill: #e0702c; } .gate-explorer .bar { fill: #2f86d6; }
-@media (max-width: 700px) { .gate-explorer { grid-template-columns: 1fr; } }
+@media (max-width: 700px) { .gate-explorer dl { grid-template-columns: 1fr 1fr; } }
 """
 
 # %% ../nbs/14_explorer.ipynb #29ffdacd
@@ -249,26 +292,33 @@ def view(
 CHOICES = [{"name": "s", "label": "pre-activation s", "value": 0, "min": -8, "max": 8},
            {"name": "slope", "label": "slope a", "value": 1, "min": .2, "max": 5},
            {"name": "shift", "label": "shift b", "value": 0, "min": -4, "max": 4}]
-NUMBERS = {"value": "gate g", "slope": "derivative", "keeps": "steps, if it keeps", "writes": "steps, if it writes",
+NUMBERS = {"value": "gate g", "slope": "derivative",
+           "keeps": "steps, if it keeps", "writes": "steps, if it writes",
            "mean": "mean", "sd": "standard deviation", "shut": "below .1", "wide": "above .9"}
 PANELS = {"gate": "The gate g over s", "derivative": "Its derivative over s",
-          "steps kept": "Timescale 1/(1 − g) over s, in steps", "histogram": "Share of values, s from N(0, 1)"}
+          "steps kept": "Timescale 1/(1 − g) over s, in steps",
+          "histogram": "Shares of the values of g, s from N(0, 1)"}
 
 def _control(choice):
     step = 0.05 if choice["min"] < 0 else 0.1
-    return (f'<label><span>{choice["label"]}</span> <output></output><input type="range" name="{choice["name"]}" '
-            f'min="{choice["min"]}" max="{choice["max"]}" step="{step}" value="{choice["value"]}"></label>')
+    return (f'<label><span>{choice["label"]}</span> <output></output><input type="range" '
+            f'name="{choice["name"]}" min="{choice["min"]}" max="{choice["max"]}" '
+            f'step="{step}" value="{choice["value"]}"></label>')
 
 def _skeleton(gates):
     "The page without its behaviour."
-    options = "".join(f'<option value="{k}">{html.escape(g.name.replace("_", " "))}</option>' for k, g in enumerate(gates))
-    numbers = "".join(f'<div><dt>{label}</dt><dd data-shown="{name}"></dd></div>' for name, label in NUMBERS.items())
-    panels = "".join(f'<figure><figcaption>{label}</figcaption><svg role="img" viewBox="0 0 320 190" data-panel="{name}" '
-                     f'aria-label="{label}"></svg></figure>' for name, label in PANELS.items())
-    return (f'<form><label><span>gate</span><select name="gate">{options}</select></label>{"".join(map(_control, CHOICES))}'
-            f'<div class="own"></div><button type="reset">Back to the start</button></form>'
-            f'<div><dl>{numbers}</dl><div class="panels">{panels}</div></div>'
-            '<noscript>Here a page would let you move a gate\'s parameters; it needs JavaScript.</noscript>')
+    names = [html.escape(gate.name.replace("_", " ")) for gate in gates]
+    options = "".join(f'<option value="{k}">{name}</option>' for k, name in enumerate(names))
+    numbers = "".join(f'<div><dt>{label}</dt><dd data-shown="{name}"></dd></div>'
+                      for name, label in NUMBERS.items())
+    panels = "".join(f'<figure><figcaption>{label}</figcaption><svg role="img" '
+                     f'aria-label="{label}" viewBox="0 0 320 190" data-panel="{name}"></svg>'
+                     '</figure>' for name, label in PANELS.items())
+    return (f'<form><label><span>gate</span><select name="gate">{options}</select></label>'
+            f'{"".join(map(_control, CHOICES))}<div class="own"></div>'
+            f'<button type="reset">Back to the start</button></form>'
+            f'<dl>{numbers}</dl><div class="panels">{panels}</div>'
+            '<noscript>Here you could move a gate; it needs JavaScript.</noscript>')
 
 # %% ../nbs/14_explorer.ipynb #9d9f14f0
 class GateExplorer:
@@ -282,9 +332,12 @@ class GateExplorer:
         self.gates = gates
 
     def _repr_html_(self):
-        known = ", ".join(f"{{knobs: {json.dumps(knobs(g))}, view: {json.dumps(view(g))}, f: {browser_function(g)}}}"
-                          for g in self.gates)
-        name = "gates-" + hashlib.sha256(known.encode()).hexdigest()[:8]
-        find = f'const root = document.getElementById("{name}"), ui = name => root.querySelector(`[name="${{name}}"]`);'
-        script = "\n".join(["(() => {", find, MATHS, f"const gates = [{known}];", DRAW, PATHS, SHOWN, UPDATE, CONTROLS, "})();"])
-        return f'<style>{STYLE}</style><div class="gate-explorer" id="{name}">{_skeleton(self.gates)}</div><script>{script}</script>'
+        known = [f"{{knobs: {json.dumps(knobs(gate))}, view: {json.dumps(view(gate))}, "
+                 f"f: {browser_function(gate)}}}" for gate in self.gates]
+        gates = f"const gates = [{', '.join(known)}];"
+        name = "gates-" + hashlib.sha256(gates.encode()).hexdigest()[:8]
+        find = (f'const root = document.getElementById("{name}"), '
+                'ui = name => root.querySelector(`[name="${name}"]`);')
+        script = "\n".join([find, MATHS, gates, DRAW, PATHS, SHOWN, UPDATE, CONTROLS])
+        return (f'<style>{STYLE}</style><div class="gate-explorer" id="{name}">'
+                f'{_skeleton(self.gates)}</div><script>(() => {{{script}}})();</script>')

@@ -30,7 +30,7 @@ class RecurrentLayer(nn.Module):
         input_size: int,             # features of the input
         hidden_size: int,            # units
         bias: bool = True,           # whether the products have biases
-        batch_first: bool = False,   # sequences come as (batch, time, …), not (time, batch, …)
+        batch_first: bool = False,   # sequences are (batch, time, …), not (time, batch, …)
         device=None,                 # of the weights
         dtype=None,                  # of the weights, a floating-point type
         *,

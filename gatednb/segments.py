@@ -139,7 +139,7 @@ class Segment(NamedTuple):
     body: list[tuple[str, str]]        # name, code
     stores: dict[Place, str]           # where → name of what is written there
     sums: dict[Place, str]             # where → name of what is added up there, over all rows
-    guard: str | None = None           # name from the setup that is positive where this may be used
+    guard: str | None = None           # a name in the setup: positive where this may be used
     otherwise: "Segment | None" = None # the segment for units where it is not
 
 # %% ../nbs/20_segments.ipynb #059763b9
@@ -195,7 +195,7 @@ def _bump(e):
 
 # %% ../nbs/20_segments.ipynb #8b4d861c
 def _rows_of_bumps(statements):
-    "Rate, variable, distance of centres and names of each row of at least four equally spaced bumps."
+    "Rate, variable, distance and names of each row of four or more equally spaced bumps."
     rows = defaultdict(list)
     for a, e in statements.items():
         if found := _bump(e): rows[found[:2]].append((float(found[2]), a))
@@ -203,16 +203,18 @@ def _rows_of_bumps(statements):
         row.sort(key=itemgetter(0))
         centres = np.array([d for d, _ in row])
         distance = (centres[-1] - centres[0]) / max(len(row) - 1, 1)
-        even = np.allclose(centres, centres[0] + distance * np.arange(len(row)), rtol=0, atol=1e-9)
+        regular = centres[0] + distance * np.arange(len(row))
+        even = np.allclose(centres, regular, rtol=0, atol=1e-9)
         if len(row) >= 4 and even: yield rate, v, distance, row
 
 # %% ../nbs/20_segments.ipynb #d09efc48
 def few_exponentials(statements):
-    "The statements with every third bump of a row computed, those between as products; and a guard."
+    "The statements with every third bump of a row computed, the others products; and a guard."
     fewer, limits = dict(statements), []
     for rate, v, distance, row in _rows_of_bumps(statements):
         scale = EquationSymbol(f"{row[0][1].name}_scale")
-        roots = {i: EquationSymbol(f"{a.name}_root") for i, (_, a) in enumerate(row) if i % 3 == 0}
+        thirds = [(i, a) for i, (_, a) in enumerate(row) if i % 3 == 0]
+        roots = {i: EquationSymbol(f"{a.name}_root") for i, a in thirds}
         fewer[scale] = sympy.exp(2 * rate * distance**2)
         limits.append(40 - 2 * rate * distance**2)
         for i, root in roots.items(): fewer[root] = sympy.exp(-rate / 3 * (v - row[i][0])**2)

@@ -4,6 +4,7 @@
 __all__ = ['grid', 'sample_arguments', 'derivatives', 'assert_gradient', 'assert_finite', 'assert_range', 'refused']
 
 # %% ../nbs/04_checks.ipynb #cda50b42
+import textwrap
 from collections.abc import Iterable
 
 import numpy as np
@@ -123,4 +124,4 @@ def refused(
     except (ValueError, TypeError, RuntimeError) as error: message = str(error)
     else: raise AssertionError("nothing was refused")
     assert all(word in message for word in words), message
-    print(message)
+    print(textwrap.fill(message, 84, subsequent_indent="    ", break_on_hyphens=False))

@@ -38,7 +38,8 @@ def program_key(cell: Cell) -> str:
 
 # %% ../../nbs/28_calls.ipynb #9aefabb3
 @functools.lru_cache(maxsize=256)
-def _operations(key, width, features, dtype, group, backward, recompute=False, input_gradient=True):
+def _operations(key, width, features, dtype, group, backward, recompute=False,
+                input_gradient=True):
     "The operations of one direction."
     do = Operations(programs[key], width, features, dtype, group)
     if recompute or not backward: forward_steps(do, recompute)
@@ -201,7 +202,8 @@ def _shapes_of_sums(call):
     found = [("g_parameters", len(p.parameters), H)]
     kinds = ("g_weight_ih", len(p.blocks), call.I), ("g_weight_hh", len(p.recurrent_blocks), H)
     for name, blocks, features in kinds[:len(call.weights)]:
-        if call.do.direct(features // group): found.append((name, blocks * H // group, features))
+        if call.do.direct(features // group):
+            found.append((name, blocks * H // group, features))
         else: found.append((name, features, blocks * H))
     return found
 

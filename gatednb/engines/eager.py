@@ -73,7 +73,8 @@ def check_lengths(
     "Refuse lengths that do not belong to a batch, with a `ValueError`."
     right = isinstance(lengths, Tensor) and lengths.shape == (batch,) and not (
         lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
-    if right and not torch.compiler.is_compiling(): right = bool(((lengths > 0) & (lengths <= steps)).all())
+    if right and not torch.compiler.is_compiling():
+        right = bool(((lengths > 0) & (lengths <= steps)).all())
     if not right:
         raise ValueError(f"lengths is {lengths}; expected a tensor of {batch} whole numbers "
                          f"from 1 to {steps}")
@@ -92,7 +93,7 @@ def run(
     params: Mapping[str, Tensor] = {},       # gate parameter → (shape per unit, hidden_size)
     step_inputs: Mapping[str, Tensor] = {},  # further input → (time, batch, hidden_size)
     lengths: Tensor | None = None,           # of the sequences, (batch,), from 1 to time
-    recompute: bool = False,                 # save memory: go through each step again on the way back
+    recompute: bool = False,                 # save memory: each step again on the way back
     trace: tuple[str, ...] = (),             # names of equations to record
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:  # below
     """Run a cell over a sequence, in a loop over time of PyTorch's operations.
@@ -115,7 +116,8 @@ def run(
         history.append(shown)
     output, *recorded = zip(*history)
     like = output[0].to(input.dtype)
-    return torch.stack(output), list(states), {a: _stack(v, like) for a, v in zip(trace, recorded)}
+    recorded = {name: _stack(values, like) for name, values in zip(trace, recorded)}
+    return torch.stack(output), list(states), recorded
 
 # %% ../../nbs/21_eager.ipynb #90f9b1b3
 def _while_running(values, states, t, lengths):

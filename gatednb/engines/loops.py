@@ -63,7 +63,8 @@ at = Header(*range(len(Header._fields)))          # where the header has what
 part = Operation(*range(len(Operation._fields)))  # where an operation has what
 
 @compiled
-def panel_of_tiles(plan, rows, C, c_row, A, a_row, a_depth, W, w_depth, depth, width, added, used):
+def panel_of_tiles(plan, rows, C, c_row, A, a_row, a_depth, W, w_depth, depth, width, added,
+                   used):
     "The columns of one panel of C = A W, tile by tile."
     size, tile, group = read(plan, at.size), read(plan, at.tile), read(plan, at.group)
     tiles = -(-rows // read(plan, at.tile_rows))
@@ -101,7 +102,7 @@ def operand(plan, operation, k):
 
 @compiled
 def operate(plan, operation, steps, rows, filled):
-    "A segment of a step for some rows, or a product; over time, one that sums all rows of a chunk."
+    "A segment of a step for some rows, or a product; over time, a sum of all rows of a chunk."
     function = read(operation, part.function)
     if function != 0:
         call(function, (rows, read(operation, part.columns), read(plan, at.places)))

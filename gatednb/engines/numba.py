@@ -56,8 +56,8 @@ def _(input, states, weights, params, inputs, lengths, program, keep):
     return output, input.new_empty(*input.shape[:-3], len(p.states), B, H), *kept
 
 @torch.library.register_fake(f"{_namespace}::recurrent_backward", lib=_library)
-def _(g_output, g_final, input, states, weights, params, inputs, lengths, output, pre, memory, rows,
-      program, keep, input_gradient):
+def _(g_output, g_final, input, states, weights, params, inputs, lengths, output, pre, memory,
+      rows, program, keep, input_gradient):
     found = [input, *states, *weights, *params, *inputs]
     empty = (*input.shape[:-3], 0)
     return [input.new_empty(v.shape if i or input_gradient else empty)
@@ -173,7 +173,8 @@ def refusal(
     if weight.dtype not in (torch.float32, torch.float64):
         return f"weights have dtype {weight.dtype}; the numba engine needs float32 or float64"
     if not torch.compiler.is_compiling() and _differentiates():
-        return "torch.func differentiates it, which PyTorch does not support for compiled operators"
+        return ("torch.func differentiates it, which PyTorch does not support for compiled "
+                "operators")
     if not hasattr(cell, "_refusal"):
         cell._refusal = None
         try: program_key(cell)

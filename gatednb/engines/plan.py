@@ -219,7 +219,7 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
 # %% ../../nbs/25_plan.ipynb #580e9974
 @functools.lru_cache(maxsize=256)
 def _neighbours(do, biases, counts):
-    "For each of the given tensors, with so many rows: slices of the array's rows, and of its own."
+    "For each of the given tensors, of so many rows: slices of the array's rows and its own."
     parts = np.split(do.targets(biases).numpy(), np.cumsum(counts))[:len(counts)]
     found = []
     for targets in parts:
@@ -263,13 +263,13 @@ def from_rows(
 class Entry(NamedTuple):
     "Where an array lies, counted from the address of a tensor: in bytes, but for `row`."
     start: int = 0        # distance of step 0
-    by_time: int = 0      # distance of steps; -1 for rows that follow each other for a whole chunk
+    by_time: int = 0      # distance of steps; -1 where a chunk's rows follow each other
     row: int = 0          # distance of rows, in elements
     by_sequence: int = 0  # distance of what belongs to sequences
     by_thread: int = 0    # distance of what belongs to threads
 
     def of(self, thread, sequence, last):
-        "Start and distances for a thread whose share begins with a sequence, from step `last` on."
+        "Start and distances for a thread whose share begins with a sequence, from a step on."
         skip = thread * self.by_thread + sequence * self.by_sequence
         if not last or self.by_time == -1: return self.start + skip, self.by_time, self.row
         return self.start + skip + last * self.by_time, -self.by_time, self.row

@@ -155,7 +155,7 @@ def workspace(
     shape: Sequence[int],   # of the tensor
     dtype: torch.dtype,     # float32 or float64
 ) -> Tensor:                # its values are whatever was there before
-    "A tensor in memory that may have been used before: fresh memory costs a fault for every page."
+    "A tensor in memory that may have been used before: fresh memory costs page faults."
     needed = math.prod(shape) * dtype.itemsize
     if needed < 2**18: return torch.empty(shape, dtype=dtype)
     with _blocks_lock:

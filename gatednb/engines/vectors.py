@@ -80,8 +80,9 @@ def intrinsic(
 def target_machine() -> llvm.TargetMachine:
     "The processor that this program runs on."
     target = llvm.Target.from_default_triple()
-    return target.create_target_machine(cpu=llvm.get_host_cpu_name(),
-                                        features=features.flatten(), opt=3, reloc="pic", codemodel="small")
+    return target.create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=3, reloc="pic",
+        codemodel="small")
 
 def optimised(text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
     "LLVM's text after its optimisations for a processor."
