@@ -206,7 +206,7 @@ class Question:
             return Verdict(False, f"Your answer could not be read. {_told(error)}")
         hint = self._wrong_words(found) if self.words else self._wrong_numbers(found)
         if hint is None: return Verdict(True, "")
-        return Verdict(False, hint)
+        return Verdict(False, self._hint_for(found) or hint)
 
 # %% ../nbs/94_exercises.ipynb #d70d74f7
 def _is_function(expected):
@@ -232,14 +232,12 @@ def _wrong_numbers(self: Question, found):
         return (f"{'Your answer is' if found.dim() == 0 else some} not a number (NaN), as 0/0 "
                 "or the logarithm of a negative number would be.")
     if self._close(found): return None
-    return (self._hint_for(found) or _slip(found, right, self._close)
-            or _where(found, right, self.at))
+    return _slip(found, right, self._close) or _where(found, right, self.at)
 
 @patch
 def _wrong_words(self: Question, found):
     "What is wrong with words, or None."
     if found == self.right: return None
-    if hint := self._hint_for(found): return hint
     if surplus := found - self.right:
         return f"{textwrap.shorten(_listed(surplus), 60, placeholder=' …')[:60]}: no."
     return f"Right as far as it goes, but that is {len(found)} of {len(self.right)}."

@@ -30,7 +30,7 @@ class SSTGRU(GRU):
         input_size: int,       # features of the input
         hidden_size: int,      # units
         *args,                 # further arguments of `GRU`, in its order
-        **options,             # further arguments of `GRU`, by name; they go before the paper's
+        **options,             # further arguments of `GRU`, by name; they replace the paper's
     ):
         paper = {"reset_gate": squared_sigmoid, "update_gate": squared_sigmoid,
                  "reset_after": False, "update_keeps": False}

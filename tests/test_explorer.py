@@ -17,7 +17,7 @@ def put(page, name, value):
         "(input, value) => { input.value = value; input.dispatchEvent(new Event('input', {bubbles: true})); }", str(value))
 
 def read(page, name):
-    return float(page.locator(f'[data-shown="{name}"]').inner_text().removesuffix("%").replace("–", "nan"))
+    return float(page.locator(f'[data-shown="{name}"]').inner_text().removesuffix("%").replace("–", "nan").replace("∞", "inf"))
 
 def own_values(page):
     "What the sliders of the chosen gate say."
