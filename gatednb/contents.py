@@ -39,7 +39,7 @@ def paper_file(
     paper,      # its key
     root=None,  # the repository's folder
 ):
-    "What the file of a paper says: its title, and lists of what it contains."
+    "What the file of a paper says: title, perhaps a note, and lists of what it contains."
     file = (root or repository_root()) / "nbs" / "papers" / f"{paper}.toml"
     return tomllib.loads(file.read_text(encoding="utf-8"))
 
@@ -175,7 +175,7 @@ def paper_table(
     paper,      # its key
     root=None,  # the repository's folder
 ):
-    "A paper's equations, figures and tables, with the section and the cell that treat each, as Markdown."
+    "What a paper contains, with the section that treats each, as Markdown."
     known = tests(root)
     def row(item):
         places = known.get(item.key, [])
@@ -192,7 +192,9 @@ def paper_table(
              "figure": "| figure | what it shows | section |",
              "table": "| table | what it reports | section |",
              "claim": "| claim | what it says | section |"}
-    return "\n\n".join(filter(None, map(table, heads, heads.values())))
+    known_of = paper_file(paper, root)
+    parts = [f"*{known_of['title']}*", known_of.get("note"), *map(table, heads, heads.values())]
+    return "\n\n".join(filter(None, parts))
 
 # %% ../nbs/95_traceability.ipynb #787223c8
 @dataclass
