@@ -7,8 +7,8 @@ __all__ = ['DIRECTIVE', 'TAGS', 'FENCE', 'TARGET', 'FORMULA', 'INLINE', 'UNTITLE
            'is_cached', 'execute_book', 'book_url', 'colab_url', 'blocks', 'split_options', 'short_label', 'labels_in',
            'labels', 'chapter_title', 'bibliography', 'plain_role', 'plain_formula', 'plain_inline', 'plain_text',
            'plain_directive', 'plain_markdown', 'runs_on_colab', 'colab_notebook', 'plain_code', 'write_colab',
-           'reading_minutes', 'running_times', 'add_header', 'make_sections', 'outdated', 'finish', 'configure',
-           'setup', 'time_chapters', 'main']
+           'page_as_notebook', 'reading_minutes', 'running_times', 'add_header', 'make_sections', 'outdated', 'finish',
+           'configure', 'setup', 'time_chapters', 'main']
 
 # %% ../nbs/92_book.ipynb #5ee72cc2
 import ast, hashlib, json, os, re, sys
@@ -464,6 +464,11 @@ def write_colab(
 # %% ../nbs/92_book.ipynb #6041be65
 SOLUTION = re.compile(r"\{solution-start\}.*?\{solution-end\}", re.DOTALL)
 
+def page_as_notebook(path):  # a page's file, .ipynb or .md
+    "A page as a notebook: that of a chapter, or one cell of Markdown."
+    if path.suffix == ".ipynb": return nbformat.read(path, as_version=4)
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))])
+
 def reading_minutes(notebook):  # a notebook, as nbformat reads it
     "How long a page takes to read: its words, of prose and of visible code, at 200 a minute; folded solutions are left out."
     hidden = {"remove-cell", "remove-input", "hide-input"}
@@ -495,8 +500,8 @@ def add_header(
     from sphinx.util.osutil import relative_uri
     page, title = app.env.docname, next(iter(doctree.findall(nodes.title)), None)
     record, path = NbMetadataCollector.get_exec_data(app.env, page), Path(app.env.doc2path(page))
-    if title is None or path.suffix != ".ipynb": return
-    notebook, html = nbformat.read(path, as_version=4), []
+    if title is None: return
+    notebook, html = page_as_notebook(path), []
     if runs_on_colab(notebook):
         local = relative_uri(app.builder.get_target_uri(page), f"colab/{path.name}")
         html = [f'<a class="chapter-button" href="{colab_url(path.stem)}">Open in Colab</a>',

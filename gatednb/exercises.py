@@ -5,6 +5,7 @@ __all__ = ['Verdict', 'Question']
 
 # %% ../nbs/94_exercises.ipynb #fda297a0
 import contextlib
+import inspect
 import io
 import math
 import re
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 
@@ -51,7 +53,7 @@ def _read_numbers(answer):
         raise Unreadable(f"Your answer still contains {_listed(unknown)}; "
                          "put a number in its place.")
     if isinstance(answer, torch.Tensor):
-        answer = answer.detach().cpu().to_dense().resolve_conj().numpy()
+        answer = answer.detach().cpu().to_dense().to(torch.complex128).numpy()
     try: found = np.asarray(_plain(answer), dtype=np.complex128)
     except ValueError: raise Unreadable("The rows of your answer differ in length.") from None
     if found.imag.any(): raise Unreadable("Your answer is not real.")
@@ -80,14 +82,18 @@ def _short(thing): return textwrap.shorten(repr(thing), 60, placeholder=" …")[
 def _read_function(answer, at):
     "The values of an answer at given arguments, symbol's name → tensor; or `Unreadable`."
     at = {name: value.clone() for name, value in at.items()}     # an answer may write to it
-    numbers = isinstance(answer, (Number, torch.Tensor, np.ndarray, list, tuple))
+    wanted = f"a function of {_listed(at)} is expected"
+    numbers = isinstance(answer, (Number, torch.Tensor, np.ndarray))
     if numbers or getattr(answer, "is_number", False):
-        raise Unreadable(f"You gave numbers; a function of {_listed(at)} is expected.")
+        raise Unreadable(f"You gave numbers; {wanted}.")
+    if isinstance(answer, str):
+        raise Unreadable(f"You gave the text {_short(answer)}; {wanted}. "
+                         "Leave out the quotation marks.")
+    if isinstance(answer, sympy.Lambda): answer = answer(*map(sympy.Symbol, at))
     if isinstance(answer, sympy.Basic): return _read_numbers(_read_formula(answer, at))
     if isinstance(answer, Gate): return _read_numbers(_read_gate(answer, at))
     if callable(answer) and not isinstance(answer, type): return _read_call(answer, at)
-    raise Unreadable(f"You gave {_short(answer)}; a function of {_listed(at)} is expected: "
-                     "a gate, a formula or a Python function.")
+    raise Unreadable(f"You gave {_short(answer)}; {wanted}: a gate, a formula or Python.")
 
 def _read_gate(gate, at):
     if surplus := {a.name for a in gate.inputs} - at.keys():
@@ -100,12 +106,15 @@ def _read_gate(gate, at):
 # %% ../nbs/94_exercises.ipynb #8ac72b3f
 def _read_formula(formula, at):
     "A formula's values; symbols count by their names, whatever they were made with."
+    formula = formula.doit()                                     # of a `Derivative`, say
     symbols = {a.name: a for a in formula.free_symbols}
     if unknown := symbols.keys() - at.keys():
         raise Unreadable(f"Your formula contains {_listed(unknown)}; "
                          f"it may contain {_listed(at)}.")
     if isinstance(formula, (Relational, BooleanFunction, BooleanAtom)):
         raise Unreadable("You gave an equation; give its right-hand side.")
+    if unnamed := {a.func for a in formula.atoms(AppliedUndef)}:
+        raise Unreadable(f"Your formula contains {_listed(unnamed)}, a name without a meaning.")
     names = {"sigmoid": lambda u: 1 / (1 + np.exp(-u))}
     arguments = [symbols.get(name, sympy.Symbol(name)) for name in at]
     program = sympy.lambdify(arguments, formula, [names, "numpy"])
@@ -116,20 +125,30 @@ def _read_formula(formula, at):
 def _read_call(function, at):
     "A Python function's values at all points at once, or point by point."
     shape = torch.broadcast_shapes(*(v.shape for v in at.values()))
-    trouble = None
+    call = _by_name(function, at)
+    one_by_one = [float, torch.clone]                            # as numbers, as tensors of one
     with contextlib.redirect_stdout(io.StringIO()):
-        try: found = _read_numbers(function(*(v.clone() for v in at.values())))
+        try: found = _read_numbers(call([v.clone() for v in at.values()]))
         except Unreadable: raise
         except Exception as error: trouble = _told(error)
         else:
             if found.shape == shape: return found
             trouble = f"for {shape.numel()} points it gives the shape {tuple(found.shape)}"
-        points = zip(*(v.expand(shape).tolist() for v in at.values()))
-        try: values = _read_numbers([function(*point) for point in points])
-        except Exception: values = None
-    if values is None or values.shape != shape:
-        raise Unreadable(f"Your function does not give one number for each point: {trouble}.")
-    return values
+            one_by_one.pop()                                     # it takes tensors, and not so
+        points = list(zip(*(v.expand(shape).flatten() for v in at.values())))
+        for kind in one_by_one:
+            try: values = _read_numbers([call(list(map(kind, point))) for point in points])
+            except Exception: continue
+            if values.numel() == shape.numel(): return values.reshape(shape)
+    raise Unreadable(f"Your function does not give one number for each point: {trouble}.")
+
+def _by_name(function, at):
+    "A function of a list of arguments, passed by name where the function has these names."
+    try: names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError): names = []
+    if len(names) > 1 and set(names) == set(at):
+        return lambda values: function(**dict(zip(at, values)))
+    return lambda values: function(*values)
 
 def _told(error):
     try: return f"{type(error).__name__}: {str(error)[:200]}"
@@ -140,6 +159,7 @@ def _read_words(answer):
     "An answer as a set of words, or `Unreadable`."
     if isinstance(answer, (bool, np.bool_)) or answer is sympy.true or answer is sympy.false:
         answer = str(bool(answer))
+    if isinstance(answer, Gate): answer = answer.name
     if isinstance(answer, str): answer = answer.split(",")
     several = isinstance(answer, (set, frozenset, list, tuple))
     if not several or not all(isinstance(a, str) for a in answer):
@@ -237,8 +257,9 @@ def _wrong_numbers(self: Question, found):
 @patch
 def _wrong_words(self: Question, found):
     "What is wrong with words, or None."
-    if found == self.right: return None
-    if surplus := found - self.right:
+    bare = lambda words: {re.sub(" gates?$", "", word) for word in words}      # a forget (gate)
+    if bare(found) == bare(self.right): return None
+    if surplus := bare(found) - bare(self.right):
         return f"{textwrap.shorten(_listed(surplus), 60, placeholder=' …')[:60]}: no."
     return f"Right as far as it goes, but that is {len(found)} of {len(self.right)}."
 
