@@ -74,8 +74,8 @@ def test_works_by_keyboard(page):
         names.append(page.page.evaluate("document.activeElement.name || document.activeElement.type"))
     assert names == ["slope", "shift", "reset"]
     keys.press("Enter")
-    page.page.wait_for_function("document.querySelector('.gate-explorer [name=s]').value === '0'")
-    assert read(page, "value") == .5
+    page.page.wait_for_function("document.querySelector('.gate-explorer [data-shown=value]').textContent === '0.5'")
+    assert page.locator("[name=s]").input_value() == "0"
 
 def test_pictures_are_described(page):
     page, _ = page
