@@ -5,9 +5,9 @@ __all__ = ['DIRECTIVE', 'TAGS', 'FENCE', 'TARGET', 'FORMULA', 'INLINE', 'UNTITLE
            'repository_root', 'settings', 'chapters', 'split_directives', 'cell_tags', 'imported_modules',
            'module_file', 'dependencies', 'file_digest', 'fingerprint', 'code_of', 'read_notebook', 'run_chapter',
            'is_cached', 'execute_book', 'book_url', 'colab_url', 'blocks', 'split_options', 'short_label', 'labels_in',
-           'labels', 'chapter_title', 'bibliography', 'plain_role', 'plain_formula', 'plain_inline', 'plain_text',
-           'plain_directive', 'plain_markdown', 'runs_on_colab', 'colab_notebook', 'plain_code', 'write_colab',
-           'page_as_notebook', 'reading_minutes', 'running_times', 'add_header', 'make_sections', 'outdated', 'finish',
+           'labels', 'page_as_notebook', 'chapter_title', 'bibliography', 'plain_role', 'plain_formula', 'plain_inline',
+           'plain_text', 'plain_directive', 'plain_markdown', 'runs_on_colab', 'colab_notebook', 'plain_code',
+           'write_colab', 'reading_minutes', 'running_times', 'add_header', 'make_sections', 'outdated', 'finish',
            'configure', 'setup', 'time_chapters', 'main']
 
 # %% ../nbs/92_book.ipynb #5ee72cc2
@@ -282,6 +282,11 @@ def labels(root=None):  # the repository's folder; found from the current one if
             if cell.cell_type == "markdown": found |= labels_in(cell.source, page)
     return found
 
+def page_as_notebook(path):  # a page's file, .ipynb or .md
+    "A page as a notebook: that of a chapter, or one cell of Markdown."
+    if path.suffix == ".ipynb": return nbformat.read(path, as_version=4)
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))])
+
 @cache
 def chapter_title(
     page,       # a page's path, "nbs/03_gates"
@@ -290,9 +295,7 @@ def chapter_title(
     "The title of a page, which is its first heading."
     root = root or repository_root()
     path = next(file for end in (".ipynb", ".md") if (file := root / f"{page}{end}").is_file())
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".ipynb":
-        text = "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "markdown")
+    text = "\n".join(cell.source for cell in page_as_notebook(path).cells if cell.cell_type == "markdown")
     return re.search(r"^# +(.+)$", text, re.MULTILINE)[1]
 
 # %% ../nbs/92_book.ipynb #5a94a608
@@ -463,11 +466,6 @@ def write_colab(
 
 # %% ../nbs/92_book.ipynb #6041be65
 SOLUTION = re.compile(r"\{solution-start\}.*?\{solution-end\}", re.DOTALL)
-
-def page_as_notebook(path):  # a page's file, .ipynb or .md
-    "A page as a notebook: that of a chapter, or one cell of Markdown."
-    if path.suffix == ".ipynb": return nbformat.read(path, as_version=4)
-    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))])
 
 def reading_minutes(notebook):  # a notebook, as nbformat reads it
     "How long a page takes to read: its words, of prose and of visible code, at 200 a minute; folded solutions are left out."

@@ -15,7 +15,7 @@ from sympy.core.symbol import Str
 
 from .gates import Gate, find_gate, patch
 from .symbols import (Candidate, GateValue, NextState, PagePrinter, Parameter,
-                             PreActivation, State, StepInput, s, x)
+                             PreActivation, State, StepInput, aligned, s, x)
 
 # %% ../nbs/05_cells.ipynb #cb2e081c
 class W(sympy.Function):
@@ -243,7 +243,7 @@ def _repr_latex_(self: Cell):
         return self.gates[slot.name].expr.xreplace({s: a}) if self.gates else GateCall(slot, a)
     lines = [f"{written(a)} &= {written(e.replace(GateCall, gate))}"
              for a, e in self.template.items()]
-    return r"$\displaystyle \begin{aligned}" + r" \\ ".join(lines) + r"\end{aligned}$"
+    return aligned(lines)
 
 @patch
 def __repr__(self: Cell):

@@ -76,7 +76,8 @@ def _plain(answer):
         raise Unreadable(f"{_short(answer)} is no number that a computer holds.") from None
 
 def _listed(things): return ", ".join(sorted(map(str, things)))
-def _short(thing): return textwrap.shorten(repr(thing), 60, placeholder=" …")[:60]
+def _cut(text): return textwrap.shorten(text, 60, placeholder=" …")[:60]
+def _short(thing): return _cut(repr(thing))
 
 # %% ../nbs/94_exercises.ipynb #2ed794b3
 def _read_function(answer, at):
@@ -260,7 +261,7 @@ def _wrong_words(self: Question, found):
     bare = lambda words: {re.sub(" gates?$", "", word) for word in words}      # a forget (gate)
     if bare(found) == bare(self.right): return None
     if surplus := bare(found) - bare(self.right):
-        return f"{textwrap.shorten(_listed(surplus), 60, placeholder=' …')[:60]}: no."
+        return f"{_cut(_listed(surplus))}: no."
     return f"Right as far as it goes, but that is {len(found)} of {len(self.right)}."
 
 # %% ../nbs/94_exercises.ipynb #4dc770f2

@@ -148,10 +148,14 @@ const evenly = (from, step, number) => Array.from({length: number}, (_, k) => fr
 const span = [-8, 8], points = evenly(span[0], .05, 321);
 const normal = evenly(-6, .002, 6001).map(u => [u, exp(-u * u / 2)]);
 const gate = () => gates[ui("gate").value], number = name => Number(ui(name).value);
-const values = () => Object.fromEntries(gate().knobs.map(k => [k.name, number(k.name)]));
+const chosen = () => {
+  const own = [...root.querySelectorAll(".own input")].map(i => [i.name, Number(i.value)]);
+  const [slope, shift] = ["slope", "shift"].map(number);
+  return {f: gate().f, own: Object.fromEntries(own), slope, shift};
+};
 const at = (u, p) => {
-  const a = number("slope"), [value, slope] = gate().f(a * (u - number("shift")), p);
-  return [value, a * slope];
+  const [value, slope] = p.f(p.slope * (u - p.shift), p.own);
+  return [value, p.slope * slope];
 };
 const statistics = p => {
   const [low, high] = gate().view, shares = Array(40).fill(0);
@@ -187,7 +191,7 @@ const say = (name, text) => {
 # %% ../nbs/14_explorer.ipynb #f5c76c4a
 UPDATE = """
 const update = () => {
-  const p = values(), u = number("s"), [g, slope] = at(u, p), found = statistics(p);
+  const p = chosen(), u = number("s"), [g, slope] = at(u, p), found = statistics(p);
   const curve = points.map(v => [v, ...at(v, p)]), view = gate().view;
   const log10 = v => log(v) / Math.LN10, slopes = curve.map(c => c[2]);
   const top = maximum(.3, ...slopes), bottom = minimum(0, ...slopes);
@@ -223,9 +227,10 @@ const update = () => {
 CONTROLS = """
 const slider = k => {
   const label = document.createElement("label");
-  label.innerHTML = `<span></span> <output></output><input type="range" step="any">`;
+  label.innerHTML = `<span></span> <output></output><input type="range">`;
   label.firstChild.textContent = k.label;
-  Object.assign(label.lastChild, {name: k.name, min: k.min, max: k.max});
+  const {name, min, max, step = "any"} = k;
+  Object.assign(label.lastChild, {name, min, max, step});
   label.lastChild.setAttribute("value", k.value);
   label.lastChild.value = k.value;
   return label;
@@ -244,6 +249,7 @@ const choose = () => {
   update();
 };
 const form = root.querySelector("form");
+root.querySelector(".own").before(...choices.map(slider));
 form.addEventListener("input", event => event.target.name === "gate" ? choose() : update());
 form.addEventListener("reset", () => setTimeout(choose));
 form.addEventListener("submit", event => event.preventDefault());
@@ -293,21 +299,16 @@ def view(
     return (low if math.isfinite(low) else -2, high if math.isfinite(high) else 3)
 
 # %% ../nbs/14_explorer.ipynb #e6fe2eb2
-CHOICES = [{"name": "s", "label": "pre-activation s", "value": 0, "min": -8, "max": 8},
-           {"name": "slope", "label": "slope a", "value": 1, "min": .2, "max": 5},
-           {"name": "shift", "label": "shift b", "value": 0, "min": -4, "max": 4}]
+CHOICES = [{"name": "s", "label": "pre-activation s", "value": 0, "min": -8, "max": 8,
+            "step": .05},
+           {"name": "slope", "label": "slope a", "value": 1, "min": .2, "max": 5, "step": .1},
+           {"name": "shift", "label": "shift b", "value": 0, "min": -4, "max": 4, "step": .05}]
 NUMBERS = {"value": "gate g", "slope": "derivative",
            "keeps": "steps, if it keeps", "writes": "steps, if it writes",
            "mean": "mean", "sd": "standard deviation", "shut": "below .1", "wide": "above .9"}
 PANELS = {"gate": "The gate g over s", "derivative": "Its derivative over s",
           "steps kept": "Timescale 1/(1 − g) over s, in steps",
           "histogram": "Shares of the values of g, s from N(0, 1)"}
-
-def _control(choice):
-    step = 0.05 if choice["min"] < 0 else 0.1
-    return (f'<label><span>{choice["label"]}</span> <output></output><input type="range" '
-            f'name="{choice["name"]}" min="{choice["min"]}" max="{choice["max"]}" '
-            f'step="{step}" value="{choice["value"]}"></label>')
 
 def _skeleton(gates):
     "The page without its behaviour."
@@ -319,7 +320,7 @@ def _skeleton(gates):
                      f'aria-label="{label}" viewBox="0 0 320 190" data-panel="{name}"></svg>'
                      '</figure>' for name, label in PANELS.items())
     return (f'<form><label><span>gate</span><select name="gate">{options}</select></label>'
-            f'{"".join(map(_control, CHOICES))}<div class="own"></div>'
+            '<div class="own"></div>'
             f'<button type="reset">Back to the start</button></form>'
             f'<dl>{numbers}</dl><div class="panels">{panels}</div>'
             '<noscript>Here you could move a gate; it needs JavaScript.</noscript>')
@@ -338,10 +339,10 @@ class GateExplorer:
     def _repr_html_(self):
         known = [f"{{knobs: {json.dumps(knobs(gate))}, view: {json.dumps(view(gate))}, "
                  f"f: {browser_function(gate)}}}" for gate in self.gates]
-        gates = f"const gates = [{', '.join(known)}];"
+        gates = f"const gates = [{', '.join(known)}], choices = {json.dumps(CHOICES)};"
         name = "gates-" + hashlib.sha256(gates.encode()).hexdigest()[:8]
         find = (f'const root = document.getElementById("{name}"), '
-                'ui = name => root.querySelector(`[name="${name}"]`);')
+                'ui = name => root.querySelector(`form > label [name="${name}"]`);')
         script = "\n".join([find, MATHS, gates, DRAW, PATHS, SHOWN, WORDING, UPDATE, CONTROLS])
         return (f'<style>{STYLE}</style><div class="gate-explorer" id="{name}">'
                 f'{_skeleton(self.gates)}</div><script>(() => {{{script}}})();</script>')

@@ -16,7 +16,8 @@ import torch
 from sympy import Indexed, Max, Min, Rational, tanh as tanh_function
 
 from .symbols import (GateValue, Input, NextState, Parameter, PreActivation, State,
-                             StepInput, latex, s, sigmoid as sigmoid_function, torch_function)
+                             StepInput, aligned, latex, s, sigmoid as sigmoid_function,
+                             torch_function)
 
 # %% ../nbs/03_gates.ipynb #b8690d81
 class Gate:
@@ -32,6 +33,7 @@ class Gate:
     ):
         self.name, self.range, self.source = name, range, source
         self.expr = sympy.sympify(expr)
+        self._summed = self.expr.doit()    # with sums written out
         params, constants = params or {}, constants or {}
         self.params = {key: (tuple(shape), initial) for key, (shape, initial) in params.items()}
         self.constants = {key: [float(v) for v in values] for key, values in constants.items()}
@@ -78,7 +80,7 @@ def _check_params(self: Gate):
             raise ValueError(f"params[{name!r}] of gate {self.name!r} starts from values of "
                              f"shape {np.shape(initial)}; expected {shape}, a number or a "
                              "function")
-    for a in self.expr.doit().atoms(Indexed):
+    for a in self._summed.atoms(Indexed):
         name, index = str(a.base), tuple(map(int, a.indices))
         if name in self.params and index not in np.ndindex(shape := self.params[name][0]):
             raise ValueError(f"expr of gate {self.name!r} contains {a}; params[{name!r}] "
@@ -104,7 +106,7 @@ def equation(self: Gate) -> sympy.Expr:
 
 @patch
 def _written_out(self: Gate):
-    expr = self.expr.doit()
+    expr = self._summed
     params = {name: unit_symbols(name, shape) for name, (shape, _) in self.params.items()}
     values = {name: np.array(numbers) for name, numbers in self.constants.items()} | params
     known = {}
@@ -212,7 +214,7 @@ def _repr_latex_(self: Gate):
     if not self.expr.has(sympy.Sum):
         slope = sympy.factor_terms(self.derivative(), clear=False)     # 2 (1 - σ), not 2 - 2 σ
         lines.append(rf"\frac{{\partial g}}{{\partial s}} &= {latex(slope)}")
-    return r"$\displaystyle \begin{aligned}" + r" \\ ".join(lines) + r"\end{aligned}$"
+    return aligned(lines)
 
 @patch
 def __repr__(self: Gate): return f"Gate({self.name!r}, {self.expr})"

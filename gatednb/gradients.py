@@ -23,7 +23,7 @@ from .engines.eager import parameter_symbols, recurrent_blocks, symbols_of
 from .gates import absorb_signs, patch
 from .layers import RecurrentLayer
 from .symbols import (Candidate, EquationSymbol, GateValue, Parameter, State, StepInput,
-                             torch_function, x)
+                             aligned, torch_function, x)
 
 # %% ../nbs/06_gradients.ipynb #1c274874
 class delta(sympy.Function):
@@ -82,9 +82,7 @@ class _Printer(CellPrinter):
 
 def _length(term): return term.count_ops(), str(term)
 
-def _aligned(lines):
-    "LaTeX of several lines, aligned at their `&`."
-    return r"$\displaystyle \begin{aligned}" + r" \\ ".join(lines) + r"\end{aligned}$"
+
 
 # %% ../nbs/06_gradients.ipynb #394b103a
 class Derivation(dict):
@@ -92,7 +90,7 @@ class Derivation(dict):
 
     def _repr_latex_(self):
         written = _Printer().doprint
-        return _aligned(f"{written(a)} &= {written(e)}" for a, e in self.items())
+        return aligned(f"{written(a)} &= {written(e)}" for a, e in self.items())
 
 # %% ../nbs/06_gradients.ipynb #3d090bc6
 def _weights(layer):
@@ -206,7 +204,7 @@ class Jacobian(NamedTuple):
         written = _Printer().doprint
         first, *rest = map(written, sorted(Add.make_args(self.matrix), key=_length))
         left = rf"\frac{{\partial {written(self.of)}}}{{\partial {written(self.by)}}}"
-        return _aligned([f"{left} &= {first}", *(rf"&\quad + {term}" for term in rest)])
+        return aligned([f"{left} &= {first}", *(rf"&\quad + {term}" for term in rest)])
 
 def jacobian(
     cell: Cell,            # with its slots filled

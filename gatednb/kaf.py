@@ -10,11 +10,11 @@ import math
 import numpy as np
 import sympy
 import torch
-from sympy import IndexedBase, Sum, exp, lambdify, symbols
+from sympy import IndexedBase, Sum, exp, symbols
 
 from .gates import Gate, register, sigmoid
 from .layers import GRU
-from .symbols import Parameter, s
+from .symbols import Parameter, s, torch_function
 
 # %% ../nbs/12_kaf.ipynb #1c85b688
 def gaussian(
@@ -32,7 +32,8 @@ def kernel_matrix(
 ) -> np.ndarray:             # shape (n, m)
     "The kernel of every point with every other."
     names = symbols("s d gamma")
-    return lambdify(names, gaussian(*names), "numpy")(rows[:, None], columns, gamma)
+    kernel = torch_function(gaussian(*names), *names)
+    return kernel(torch.from_numpy(rows)[:, None], torch.from_numpy(columns), gamma).numpy()
 
 # %% ../nbs/12_kaf.ipynb #f7a9f259
 def dictionary(

@@ -3,10 +3,11 @@
 # %% auto #0
 __all__ = ['s', 'x', 'functions', 'EquationSymbol', 'PreActivation', 'Input', 'StepInput', 'Parameter', 'State', 'NextState',
            'GateValue', 'Candidate', 'sigmoid', 'ProgramPrinter', 'code', 'assignment', 'compile_function',
-           'torch_function', 'PagePrinter', 'latex']
+           'torch_function', 'PagePrinter', 'latex', 'aligned']
 
 # %% ../nbs/02_symbols.ipynb #48206417
 import functools
+from collections.abc import Iterable
 
 import sympy
 import torch
@@ -187,3 +188,9 @@ def latex(
 ) -> str:                 # LaTeX, without dollar signs
     "An expression as LaTeX."
     return PagePrinter({"fold_short_frac": False}).doprint(expr)
+
+def aligned(
+    lines: Iterable[str],    # of LaTeX, with an `&` where they are to be aligned
+) -> str:                    # with dollar signs, as notebooks want it
+    "Several formulas under each other, as one."
+    return r"$\displaystyle \begin{aligned}" + r" \\ ".join(lines) + r"\end{aligned}$"
