@@ -14,8 +14,8 @@ name_of = lambda item: " ".join(item.key)
 PROCESSES = multiprocessing.get_context("forkserver")                           # forked before the package is imported
 PROCESSES.set_forkserver_preload(["torch", "sympy", "matplotlib.pyplot", "seaborn", "changed"])
 
-def outcome(item, path, cell, change=None):
-    "How a tracing cell ends: \"passed\", \"failed\" or a traceback."
+def prepared(item, path, cell, change=None):
+    "A tracing cell's program, and (name, source) of the module that the change of an equation changes, or None."
     source, module = contents.program(path, cell), None
     if change:
         start, name = item.definition.rsplit(".", 1)
@@ -23,6 +23,10 @@ def outcome(item, path, cell, change=None):
             file = ROOT.joinpath(*start.split(".")).with_suffix(".py")
             module = start, contents.changed(file.read_text(encoding="utf-8"), name, change)
         if contents.definition_span(source, name): source = contents.changed(source, name, change)
+    return source, module
+
+def outcome(source, module):
+    "How a program ends: \"passed\", \"failed\" or a traceback."
     answer = PROCESSES.SimpleQueue()
     process = PROCESSES.Process(target=changed.run, args=(source, module, answer))
     process.start()
@@ -42,12 +46,13 @@ def test_equation_has_a_test(item):
 @pytest.fixture(scope="module")
 def outcomes():
     "How every tracing cell ends, as it is and with the change of each of its equations: (key or None, cell's id) → outcome."
-    jobs = {}
+    programs = {}                                       # read here: Python 3.11 may fail when two threads parse (gh-106905)
+    for item in EQUATIONS:
+        for path, _, cell in TESTS.get(item.key, []):
+            programs.setdefault((None, cell.id), prepared(item, path, cell))
+            programs[item.key, cell.id] = prepared(item, path, cell, item.change)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for item in EQUATIONS:
-            for path, _, cell in TESTS.get(item.key, []):
-                if (None, cell.id) not in jobs: jobs[None, cell.id] = pool.submit(outcome, item, path, cell)
-                jobs[item.key, cell.id] = pool.submit(outcome, item, path, cell, item.change)
+        jobs = {which: pool.submit(outcome, *program) for which, program in programs.items()}
     return {which: job.result() for which, job in jobs.items()}
 
 @pytest.mark.parametrize("item", EQUATIONS, ids=name_of)
