@@ -8,8 +8,8 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("book", "experiments", "dev")}
-extras["dev"] = sorted({r for group in extras.values() for r in group})    # whoever develops runs the book and the experiments
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("book", "experiments", "cluster", "dev")}
+extras["dev"] = sorted({r for group in extras.values() for r in group})    # whoever develops runs all of it
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
@@ -18,6 +18,7 @@ setup(
     license="Apache-2.0", license_files=["LICENSE"],
     packages=find_packages(include=["gatednb", "gatednb.*"]),
     python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(), extras_require=extras,
+    entry_points={"console_scripts": ["gatednb = gatednb.cli:main"]},
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Education", "Intended Audience :: Science/Research",
                  "Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12"],
 )

@@ -34,21 +34,25 @@ class GateStatistics(NamedTuple):
     deviation: float    # standard deviation
     below: float        # share of values below .1
     above: float        # share of values above .9
-    entropy: float      # mean over the values, in bits: 1 is half open, 0 a switch
+    entropy: float      # mean in bits: 1 is half open, 0 a switch; nan for refined gates
 
 # %% ../nbs/10b_contrast.ipynb #0aa4493c
 def gate_statistics(
-    values: torch.Tensor,                  # of a gate, in [0, 1], any shape
+    values: torch.Tensor,                  # of a gate, finite, any shape
     weights: torch.Tensor | None = None,   # how much each counts, same shape; default: equally
 ) -> GateStatistics:
-    "Mean, spread, shares near the ends, entropy; values outside [0, 1] are a `ValueError`."
+    """Mean, spread, shares near the ends, entropy; values that are not finite are a `ValueError`.
+
+    Values outside of [0, 1], which refined gates have, leave all but the entropy defined.
+    """
     values = values.detach().double()
-    if not ((values >= 0) & (values <= 1)).all():
+    if not values.isfinite().all():
         raise ValueError(f"values lie between {values.min():.3g} and {values.max():.3g}; "
-                         "expected gate values, in [0, 1]")
+                         "expected finite numbers")
     weights = torch.ones_like(values) if weights is None else weights
     mean = lambda v: ((v * weights).sum() / weights.sum()).item()
-    bits = (torch.special.entr(values) + torch.special.entr(1 - values)) / math.log(2)
+    share = torch.where((values >= 0) & (values <= 1), values, math.nan)
+    bits = (torch.special.entr(share) + torch.special.entr(1 - share)) / math.log(2)
     deviation = math.sqrt(mean((values - mean(values))**2))
     return GateStatistics(mean(values), deviation, mean((values < .1).double()),
                           mean((values > .9).double()), mean(bits))
