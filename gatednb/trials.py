@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['experiments', 'modules', 'largest', 'Budget', 'Experiment', 'register_experiment', 'find_experiment', 'Trial',
-           'make_trials', 'results_folder', 'result_path', 'rounded', 'sealed', 'opened', 'write', 'finished',
-           'code_version', 'processor', 'provenance', 'thinned', 'look', 'outcome', 'run_trials']
+           'make_trials', 'trial_of', 'results_folder', 'result_path', 'rounded', 'sealed', 'opened', 'write',
+           'finished', 'code_version', 'processor', 'provenance', 'thinned', 'look', 'outcome', 'run_trials']
 
 # %% ../nbs/32_trials.ipynb #d74f4acb
 import functools
@@ -116,6 +116,14 @@ def name(self: Trial) -> str:
     digest = hashlib.sha256(identity.encode()).hexdigest()
     return f"{self.gate}-{self.budget}-{self.seed}-{digest[:8]}"
 
+# %% ../nbs/32_trials.ipynb #a5fada0a
+def trial_of(
+    result: dict,    # of a trial
+) -> Trial:
+    "The trial that a result is of."
+    configuration = dict(result["configuration"])
+    return Trial(**configuration | {"options": Options(**configuration["options"])})
+
 # %% ../nbs/32_trials.ipynb #79fd02ca
 def results_folder() -> Path:    # it need not exist yet
     "Where results are: `GATEDNB_RESULTS`, or `results` in this folder or the nearest above it."
@@ -148,18 +156,22 @@ def sealed(
     result: dict,    # without a seal
 ) -> str:            # JSON
     "A result as text, with a seal: the hash of the rest."
-    text = json.dumps(result, sort_keys=True, allow_nan=False)
-    return json.dumps(result | {"seal": hashlib.sha256(text.encode()).hexdigest()}, sort_keys=True) + "\n"
+    content = json.dumps(result, sort_keys=True, allow_nan=False)
+    return json.dumps(result | {"seal": hashlib.sha256(content.encode()).hexdigest()}) + "\n"
 
 def opened(
     path: Path,      # of a result's file
 ) -> dict:           # the result
-    "Read a result; a `ValueError` says if it is damaged, or was changed by hand."
+    "Read a result; a `ValueError` says if it is damaged, renamed, or was changed by hand."
     try: result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"{path} is not a whole JSON file ({error})") from None
     seal = result.pop("seal", None) if isinstance(result, dict) else None
     if seal is None or json.loads(sealed(result))["seal"] != seal:
         raise ValueError(f"{path} was changed after it was written: its seal does not fit")
+    try: name = trial_of(result).name
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a result of this version ({error})") from None
+    if path.stem != name: raise ValueError(f"{path} is the result of {name}: it was renamed or copied")
     return result
 
 # %% ../nbs/32_trials.ipynb #48afaa61
