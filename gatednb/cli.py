@@ -23,9 +23,10 @@ class Commands(click.Group):
         with warnings.catch_warnings():
             warnings.showwarning = lambda text, *_: click.echo(f"warning: {text}", err=True)
             try: return super().invoke(context)
-            except BrokenPipeError: raise                   # `gatednb list | head`: Click ends quietly
+            except BrokenPipeError: raise            # `gatednb list | head`: Click ends quietly
             except ValueError as error: raise click.UsageError(str(error)) from error
-            except (OSError, ImportError) as error: raise click.ClickException(str(error)) from error
+            except (OSError, ImportError) as error:
+                raise click.ClickException(str(error)) from error
 
 # %% ../nbs/32e_cli.ipynb #d7539246
 @click.group(cls=Commands)
@@ -130,7 +131,8 @@ def run(experiment, gates, seeds, budget, options, device, jobs, replicas, resul
     from gatednb.trials import make_trials
     ray = {name: value for name, value in ray.items() if value is not None}
     if ray and engine != "ray":
-        raise click.UsageError(f"--engine is {engine}; expected ray, which --{', --'.join(ray)} is for")
+        given = ", ".join(f"--{name}" for name in ray)
+        raise click.UsageError(f"--engine is {engine}; expected ray, which {given} is for")
     groups = grouped(make_trials(experiment, gates, seeds, budget, **options), replicas)
     try:
         if engine == "local": problems = run_local(groups, results, device, jobs)
@@ -157,8 +159,9 @@ def as_text(
     rows,      # of `gatednb.evidence.summary`
 ) -> str:
     "A summary as text of at most 80 characters a line."
-    short = rows[list(columns)].rename(columns={name: short for name, (short, _) in columns.items()})
-    return short.to_string(index=False, na_rep="–", formatters={n: f.format for n, f in columns.values()})
+    short = rows[list(columns)].set_axis([name for name, _ in columns.values()], axis=1)
+    formats = {name: form.format for name, form in columns.values()}
+    return short.to_string(index=False, na_rep="–", formatters=formats)
 
 # %% ../nbs/32e_cli.ipynb #64318bec
 def table(
@@ -179,7 +182,7 @@ def table(
     return "\n\n".join([f"{known.says}: test {known.score}", *parts])
 
 # %% ../nbs/32e_cli.ipynb #74353395
-@main.command(epilog="div counts seeds that diverged; low and high are the ends of a 95 % interval.")
+@main.command(epilog="div: seeds that diverged; low and high: ends of a 95 % interval.")
 @click.argument("experiment")
 @click.option("--budget", metavar="NAME", help="Only this one.")
 @results_option(exists=True)
@@ -196,7 +199,8 @@ def results_of(
     from gatednb.evidence import budget_label, load_results
     parts = name.split("/")
     if not 2 <= len(parts) <= 3:
-        raise ValueError(f"{name!r} is no name; expected EXPERIMENT/GATE or EXPERIMENT/GATE/BUDGET")
+        raise ValueError(f"{name!r} is no name; expected EXPERIMENT/GATE or "
+                         "EXPERIMENT/GATE/BUDGET")
     wanted, found = "/".join([*parts, "full"][:3]), {}
     for result in load_results(parts[0], None, folder):
         of = result["configuration"]

@@ -15,7 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .jobs import tell
-from .trials import Trial, finished, result_path, results_folder, run_trials, sealed, write
+from .trials import (Trial, finished, result_path, results_folder, run_trials, sealed,
+                            write)
 
 # %% ../nbs/32d_cluster.ipynb #79bdfe8e
 def _train(trials, folder, device):
@@ -33,7 +34,8 @@ def _answering(address):
         raise ValueError(f"address is {address!r}; expected HOST:PORT, ray://HOST:PORT or auto")
     try: socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        raise ConnectionError(f"address is {address!r}, where no cluster answers ({error})") from error
+        raise ConnectionError(f"address is {address!r}, where no cluster answers ({error})") \
+            from error
 
 # %% ../nbs/32d_cluster.ipynb #81dfe444
 @contextmanager
@@ -56,17 +58,18 @@ def connected(
     try:
         there = ray.cluster_resources().get("GPU", 0)
         if not address and gpus > there:         # a cluster may grow, this machine does not
-            raise ValueError(f"gpus is {gpus:g}; expected at most {there:g}, which Ray finds here")
+            raise ValueError(f"gpus is {gpus:g}; expected at most {there:g}, as Ray finds here")
         yield ray
     finally: ray.shutdown()
 
 # %% ../nbs/32d_cluster.ipynb #46015f01
 def _collected(ray, answer, trials, folder, retries):
-    "What came of a task, as `gatednb.jobs.tell` takes it; results are written unless they are there."
+    "What came of a task, as `gatednb.jobs.tell` takes it; results are written unless there."
     try:
         results = ray.get(answer)
         for trial, result in zip(trials, results):
-            if finished(trial, folder) is None: write(result_path(trial, folder), sealed(result))
+            if finished(trial, folder) is None:
+                write(result_path(trial, folder), sealed(result))
         return "done", results
     except ray.exceptions.WorkerCrashedError:
         return "failed", f"its worker died, and {retries} more in its place"
@@ -76,7 +79,7 @@ def _collected(ray, answer, trials, folder, retries):
 
 # %% ../nbs/32d_cluster.ipynb #769ff54e
 def run_on_ray(
-    groups: list[list[Trial]],       # each for one worker, as `gatednb.jobs.grouped` returns them
+    groups: list[list[Trial]],       # each for one worker, as from `gatednb.jobs.grouped`
     folder: Path | None = None,      # of the results, on the machine that asks
     device: str = "cpu",             # accelerator of the workers
     jobs: int = 1,                   # workers of a cluster that is started here
@@ -89,7 +92,8 @@ def run_on_ray(
     folder.mkdir(parents=True, exist_ok=True)
     groups = [[t for t in group if finished(t, folder) is None] for group in groups]
     if not any(groups): return []
-    problems, total = [], tqdm(total=sum(map(len, groups)), desc="trials", unit="trial", disable=None)
+    problems, number = [], sum(map(len, groups))
+    total = tqdm(total=number, desc="trials", unit="trial", disable=None)
     with total, connected(address, jobs, gpus) as ray:
         train = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(_train)
         waiting = {train.remote(group, folder, device): group for group in groups if group}

@@ -300,7 +300,8 @@ def reported(
     file: Path | None = None,     # default: results/reported.json here or above
 ) -> pd.DataFrame:                # cells are text, as printed; attrs["says"], attrs["source"]
     "A table of a paper."
-    places = [folder / "results/reported.json" for folder in (Path.cwd(), *Path.cwd().parents)]
+    folders = [results_folder(), *(f / "results" for f in (Path.cwd(), *Path.cwd().parents))]
+    places = [folder / "reported.json" for folder in folders]
     file = file or next((path for path in places if path.is_file()), places[0])
     papers = json.loads(file.read_text(encoding="utf-8"))
     papers = {name: known for name, known in papers.items() if isinstance(known, dict)}

@@ -275,7 +275,7 @@ def provenance(
     return {"code": code_version(), "python": platform.python_version(),
             "packages": {name: version(name) for name in arithmetic},
             "device": cuda or processor(), "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(), "system": platform.platform()}
+            "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
 
 # %% ../nbs/32_trials.ipynb #7def96cf
 def thinned(
@@ -419,8 +419,9 @@ def _train(trials, folder, device, report, stop, save_every):
     metrics = run.finish()
     look(run, final=True)
     made = provenance(run.fabric.device) | {"started": run.notes["started"]}
-    results = [fitted(rounded(outcome(trial, run, replica, metrics)) | {"provenance": made})
-               for replica, trial in enumerate(trials)]
+    found = [rounded(outcome(trial, run, replica, metrics)) for replica, trial in enumerate(trials)]
+    exactly = [{"configuration": t.configuration(), "provenance": made} for t in trials]
+    results = [fitted(result | whole) for result, whole in zip(found, exactly)]
     for trial, result in zip(trials, results): write(result_path(trial, folder), sealed(result))
     checkpoint.unlink(missing_ok=True)
     return results

@@ -97,7 +97,7 @@ def test_a_trial_that_is_killed_is_reported_and_the_others_are_shown(tmp_path):
 def test_divergence_is_counted_in_the_table(tmp_path):
     assert len(run_trials(make_trials("tiny", ["gru"], range(3), "broken"), tmp_path)) == 3
     found = call("show tiny --results", tmp_path)
-    assert found.exit_code == 0 and re.search(r"^ *gru +3 +1 ", found.stdout, re.MULTILINE)
+    assert found.exit_code == 0 and re.search(r"^ *gate +n +div .*\n *gru +3 +1 ", found.stdout, re.MULTILINE)
 
 @pytest.mark.filterwarnings("default:left out")
 @pytest.mark.parametrize("damage", [lambda text: text[:-100], lambda text: text.replace('"test_accuracy": ', '"test_accuracy": 1')])

@@ -54,6 +54,13 @@ def test_a_finished_trial_is_skipped(whole):
     assert run_local(grouped(tiny(0, 1)), folder) == []
     assert written() == before
 
+def test_options_are_written_as_they_are(tmp_path):
+    "Measured numbers are rounded; a rounded option would make it another trial's result."
+    trial, = tiny(0, learning_rate=1 / 300, iterations=25)
+    result, = run_trials([trial], tmp_path)
+    assert result["configuration"]["options"]["learning_rate"] == 1 / 300
+    assert run_trials([trial], tmp_path, report=never) == [result]
+
 # --- kills
 
 DYING = """
