@@ -231,6 +231,7 @@ def load_results(
     experiment: str,                 # its name
     budget: str | None = None,       # only of this budget
     folder: Path | None = None,      # default: `results_folder()`
+    gate: str | None = None,         # only of this one
 ) -> list[dict]:                     # by budget, gate and seed
     "All results of an experiment; a file that is damaged or was changed is left out, and said."
     found = []
@@ -240,7 +241,8 @@ def load_results(
         except ValueError as error:
             warnings.warn(f"left out: {error}", stacklevel=2)
             continue
-        if budget in (None, result["configuration"]["budget"]): found.append(result)
+        of = result["configuration"]
+        if budget in (None, of["budget"]) and gate in (None, of["gate"]): found.append(result)
     order = lambda r: [r["configuration"][key] for key in ("budget", "gate", "seed")]
     return sorted(found, key=order)
 
