@@ -426,6 +426,7 @@ if not found and "GATEDNB_RESULTS" not in os.environ:
     os.environ["GATEDNB_RESULTS"] = "{package}-repository/results"
 """
 
+# %% ../nbs/92_book.ipynb #ad562d74
 def runs_on_colab(notebook):  # a notebook, as nbformat reads it
     "Whether a notebook makes sense outside of the repository: it holds code, and not code about the book itself."
     code = code_of(notebook)
