@@ -260,3 +260,10 @@ def test_files_are_small_after_the_longest_training(gate):
     text = trials.sealed(trials.fitted(trials.rounded(found)))
     assert len(text) <= 20_000
     assert len(json.loads(text)["curves"]["iteration"]) > 40
+
+def test_workers_load_nothing_for_pages():
+    "A process that trains starts in seconds: what draws and tabulates stays out."
+    for_pages = {"matplotlib", "seaborn", "pandas", "scipy", "IPython", "ray"}
+    code = f"import gatednb.jobs, gatednb.sequential_mnist, sys; print(*({for_pages!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
