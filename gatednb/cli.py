@@ -41,7 +41,8 @@ def list_experiments():
     from gatednb.trials import known_experiments
     for e in known_experiments().values():
         click.echo(f"{e.name}: {e.says}")
-        for name, budget in e.budgets.items(): click.echo(f"    --budget {name:8} {budget.says}")
+        for name, budget in e.budgets.items():
+            click.echo(f"    --budget {name:8} {budget.says}")
         click.echo(f"    --gate {', '.join(e.variants)}\n")
     click.echo(f"--gate takes any gate of the catalogue, too: {', '.join(gatednb.catalogue)}")
 
@@ -125,7 +126,8 @@ def _all(options):
 @main.command()
 @click.argument("experiment")
 @_all(run_options + ray_options)
-def run(experiment, gates, seeds, budget, options, device, jobs, replicas, results, engine, **ray):
+def run(experiment, gates, seeds, budget, options, device, jobs, replicas, results, engine,
+        **ray):
     "Run the trials of EXPERIMENT that have no result yet."
     from gatednb.jobs import grouped, run_local
     from gatednb.trials import make_trials
@@ -206,7 +208,8 @@ def results_of(
         of = result["configuration"]
         found.setdefault("/".join((parts[0], of["gate"], budget_label(of))), []).append(result)
     if wanted in found: return found[wanted]
-    raise ValueError(f"there are no results of {wanted}; there are {', '.join(found) or 'none'}")
+    there = ", ".join(found) or "none"
+    raise ValueError(f"there are no results of {wanted}; there are {there}")
 
 # %% ../nbs/32e_cli.ipynb #38352a54
 @main.command()

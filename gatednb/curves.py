@@ -283,8 +283,8 @@ def plot_gradients(
     figure.supxlabel("step" if steps else "place in the sequence", fontsize=10)
     figure.supylabel("norm of the gradient", fontsize=10)
     show(figure, f"Norms of the gradient by the state {state} at each step, on a logarithmic "
-                 "scale. What arrives at the first step, as a share of the most, in the median "
-                 f"of the seeds: {'; '.join(told)}",
+                 "scale. What arrives at the first step, as a share of the largest norm, in "
+                 f"the median of the seeds: {'; '.join(told)}",
          caption="A line for each seed. Grey: before training. "
                  "In colour: with the best weights.")
 

@@ -323,6 +323,7 @@ def look(
             kept = norms[::max(1, len(norms) // 28)].tolist()          # about 28 points in time
             note.setdefault("gradients", {}).setdefault(state, []).append(kept)
 
+# %% ../nbs/32_trials.ipynb #40af7a96
 def _note(noted, found, whole):
     "Append what was found about a gate; its histogram only if `whole`."
     found = dict(found) if isinstance(found, dict) else {"quantiles": found}
@@ -419,7 +420,8 @@ def _train(trials, folder, device, report, stop, save_every):
     metrics = run.finish()
     look(run, final=True)
     made = provenance(run.fabric.device) | {"started": run.notes["started"]}
-    found = [rounded(outcome(trial, run, replica, metrics)) for replica, trial in enumerate(trials)]
+    found = [rounded(outcome(trial, run, replica, metrics))
+             for replica, trial in enumerate(trials)]
     exactly = [{"configuration": t.configuration(), "provenance": made} for t in trials]
     results = [fitted(result | whole) for result, whole in zip(found, exactly)]
     for trial, result in zip(trials, results): write(result_path(trial, folder), sealed(result))
