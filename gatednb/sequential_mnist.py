@@ -63,8 +63,8 @@ budgets = {
     "patient": Budget("the paper's protocol, patience ten times longer",
                       replace(paper, patience=5000)),
     "reduced": Budget(
-        "reduced: 2,000 images to validate on, at most 25,000 iterations, 3 seeds",
-        replace(paper, iterations=25_000), {"validation": 2000}, seeds=3),
+        "reduced: 2,000 images to validate on, at most 25,000 iterations",
+        replace(paper, iterations=25_000), {"validation": 2000}),
     "quick": Budget(
         "quick: 250 iterations, 500 images to validate and 2,000 to test on, 2 seeds",
         replace(paper, iterations=250), {"validation": 500, "test": 2000}, seeds=2),

@@ -21,7 +21,7 @@ from lightning_fabric import Fabric, seed_everything
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from gatednb.gates import patch
+from .gates import patch
 
 # %% ../nbs/31_training.ipynb #ac9ff5aa
 @dataclass(frozen=True)
