@@ -5,6 +5,7 @@ __all__ = ['run_options', 'ray_options', 'columns', 'Commands', 'main', 'list_ex
            'table', 'show', 'results_of', 'compare']
 
 # %% ../nbs/32e_cli.ipynb #b2cb51f1
+import os
 import re
 import sys
 import textwrap
@@ -50,12 +51,13 @@ def list_experiments():
 def _seeds(context, parameter, text):
     "Seeds as a list: 10 are 0 to 9, 3-5 are 3, 4, 5; 3,7 are these two."
     if text is None: return None
-    parts = [re.fullmatch(r"\s*(\d+)(-(\d+))?\s*", part) for part in text.split(",")]
-    if len(parts) == 1 and parts[0] and not parts[0][2]: found = range(int(text))
-    elif None in parts: found = []
-    else: found = [n for p in parts for n in range(int(p[1]), int(p[3] or p[1]) + 1)]
-    if found: return list(dict.fromkeys(found))
-    raise click.BadParameter(f"{text!r}; expected how many (10) or which (0-4,7), at least one")
+    parts = [re.fullmatch(r"\s*(\d{1,9})(-(\d{1,9}))?\s*", part) for part in text.split(",")]
+    if None in parts: spans = []
+    elif len(parts) == 1 and not parts[0][2]: spans = [range(int(text))]
+    else: spans = [range(int(p[1]), int(p[3] or p[1]) + 1) for p in parts]
+    if 1 <= sum(map(len, spans)) <= 10_000:
+        return list(dict.fromkeys(seed for span in spans for seed in span))
+    raise click.BadParameter(f"{text!r}; expected how many (10) or which (0-4,7), 1 to 10,000")
 
 # %% ../nbs/32e_cli.ipynb #fe57dbbf
 def _value(text):
@@ -96,7 +98,8 @@ run_options = [
                  help="Another option of training; the budget's name then gets a +."),
     click.option("--device", default="cpu", show_default=True,
                  type=click.Choice(["cpu", "cuda", "mps", "auto"])),
-    click.option("--jobs", default=1, show_default=True, type=click.IntRange(1),
+    click.option("--jobs", default=min(4, os.cpu_count() or 1), type=click.IntRange(1),
+                 show_default="one for each core, at most 4",
                  help="Processes at a time on this machine."),
     click.option("--replicas", default=1, show_default=True, type=click.IntRange(1),
                  help="Seeds trained side by side in a process."),
@@ -178,7 +181,8 @@ def table(
     known = find_experiment(experiment)
     if budget: chosen(budget.removesuffix("+"), known.budgets, "budget")
     found = summary(load_results(experiment, budget, results))
-    if found.empty: return f"{experiment}: no results yet; gatednb run {experiment} makes them."
+    command = f"gatednb run {experiment}" + (f" --budget {budget}" if budget else "")
+    if found.empty: return f"{experiment}: no results yet; {command} makes them."
     parts = [f"budget {label}: {budget_says(experiment, label)}\n{as_text(rows)}"
              for label, rows in found.groupby("budget", sort=False)]
     return "\n\n".join([f"{known.says}: test {known.score}", *parts])

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .jobs import tell
-from .trials import (Trial, finished, result_path, results_folder, run_trials, sealed,
-                            write)
+from .jobs import tell, unfinished
+from .trials import (Trial, finished, names_file, result_path, results_folder, run_trials,
+                            sealed, write)
 
 # %% ../nbs/32d_cluster.ipynb #79bdfe8e
 def _train(trials, folder, device):
@@ -57,6 +57,7 @@ def connected(
              logging_level="warning", **own)
     try:
         there = ray.cluster_resources().get("GPU", 0)
+        if not gpus >= 0: raise ValueError(f"gpus is {gpus}; expected a number of at least 0")
         if not address and gpus > there:         # a cluster may grow, this machine does not
             raise ValueError(f"gpus is {gpus:g}; expected at most {there:g}, as Ray finds here")
         yield ray
@@ -89,14 +90,14 @@ def run_on_ray(
 ) -> list[str]:                      # what went wrong, a line each
     "Train what has no result yet on a Ray cluster. Source: Moritz et al. 2018."
     folder = (folder or results_folder()).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    groups = [[t for t in group if finished(t, folder) is None] for group in groups]
-    if not any(groups): return []
+    with names_file(folder): folder.mkdir(parents=True, exist_ok=True)
+    groups = unfinished(groups, folder)
+    if not groups: return []
     problems, number = [], sum(map(len, groups))
     total = tqdm(total=number, desc="trials", unit="trial", disable=None)
     with total, connected(address, jobs, gpus) as ray:
         train = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(_train)
-        waiting = {train.remote(group, folder, device): group for group in groups if group}
+        waiting = {train.remote(group, folder, device): group for group in groups}
         while waiting:
             answers, _ = ray.wait(list(waiting), timeout=1)
             for answer in answers:

@@ -100,10 +100,11 @@ def chosen(
     raise ValueError(f"{what} is {name!r}; expected one of {', '.join(known)}{hint}")
 
 # %% ../nbs/31_training.ipynb #1df81449
+tiny = 1e-12    # smaller, a network does not learn
 _fit = {    # option → its type, the least value, whether None is allowed
     "iterations": (int, 1, False), "validate_every": (int, 1, False),
-    "patience": (int, 1, True), "warmup": (int, 0, False), "clip_norm": (float, 0, True),
-    "learning_rate": (float, 0, False), "weight_decay": (float, 0, False),
+    "patience": (int, 1, True), "warmup": (int, 0, False), "weight_decay": (float, 0, False),
+    "clip_norm": (float, tiny, True), "learning_rate": (float, tiny, False),
 }
 
 def _check(name, value, kind, least, optional):
@@ -352,7 +353,8 @@ def save(self: Run,
     "Write all that is needed to go on, after a validation."
     path = Path(path)
     state = {"replicas": self.replicas, "optimizer": self.optimizer, "seeds": self.seeds}
-    state["random"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    on_gpu = self.fabric.device.type == "cuda"
+    state["random"] = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if on_gpu else [])]
     state["progress"] = {name: getattr(self, name) for name in _progress}
     draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
     try:

@@ -188,8 +188,9 @@ def opened(
         result = json.loads(path.read_text(encoding="utf-8"))
         seal = result.pop("seal") if isinstance(result, dict) else None
         whole = seal and json.loads(sealed(result))["seal"] == seal
-    except (ValueError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is not a whole result ({error!r})") from None
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        kind = type(error).__name__
+        raise ValueError(f"{path} cannot be read as a whole result ({kind})") from None
     if not whole:
         raise ValueError(f"{path} was changed after it was written: its seal does not fit")
     try: belongs = result_path(trial_of(result), path.parent.parent)
@@ -240,7 +241,8 @@ def finished(
     except ValueError as error:
         names = (path.with_suffix(f".{number}.damaged") for number in itertools.count(1))
         aside = next(path for path in names if not path.exists())
-        path.replace(aside)
+        try: path.replace(aside)
+        except FileNotFoundError: return None                # another process has done it
         warnings.warn(f"{error}; it is now {aside.name}, and the trial is run again",
                       stacklevel=2)
 
@@ -251,11 +253,14 @@ def code_version() -> dict:
     text = json.dumps(_sources_at_import)
     sources = hashlib.sha256(text.encode()).hexdigest()[:12]
     found = {"gatednb": gatednb.__version__, "sources": sources}
-    here = Path(gatednb.__file__).parent
-    try: commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"],
-                                 capture_output=True, text=True, check=True).stdout.strip()
+    def git(*command):
+        here = Path(gatednb.__file__).parent
+        return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")    # else it is some other repository
+        return found | {"commit": git("describe", "--always", "--dirty")}
     except (OSError, subprocess.CalledProcessError): return found
-    return found | {"commit": commit}
 
 @functools.cache
 def processor() -> str:
@@ -379,8 +384,8 @@ def _begin(trials, folder, device):
     digest = hashlib.sha256(names.encode()).hexdigest()[:12]
     checkpoint = result_path(first, folder).with_name(f"{first.gate}-{digest}.checkpoint")
     attempt = checkpoint.with_suffix(".try")
-    write(attempt, "")
-    attempt.unlink()
+    write(attempt, " " * largest)             # as much as a result may need
+    attempt.unlink(missing_ok=True)           # another process may have tried at the same time
     experiment = find_experiment(first.experiment)
     task = experiment.task(**first.task)
     def fresh():

@@ -267,3 +267,12 @@ def test_workers_load_nothing_for_pages():
     code = f"import gatednb.jobs, gatednb.sequential_mnist, sys; print(*({for_pages!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+def test_odd_entries_do_not_hide_the_others(whole, tmp_path):
+    folder, results = whole
+    shutil.copytree(folder, tmp_path / "results")
+    (tmp_path / "results/tiny/folder.json").mkdir()
+    (tmp_path / "results/tiny/bytes.json").write_bytes(bytes(range(256)))
+    with pytest.warns(UserWarning, match="left out") as said:
+        assert evidence.load_results("tiny", folder=tmp_path / "results") == results
+    assert len(said) == 2 and all(len(str(warning.message)) < 300 for warning in said)
