@@ -101,8 +101,8 @@ run_options = [
     click.option("--jobs", default=min(4, os.cpu_count() or 1), type=click.IntRange(1),
                  show_default="one for each core, at most 4",
                  help="Processes at a time on this machine."),
-    click.option("--replicas", default=1, show_default=True, type=click.IntRange(1),
-                 help="Seeds trained side by side in a process."),
+    click.option("--replicas", type=click.IntRange(1), metavar="N",
+                 help="Seeds trained side by side in a process. Default: as the budget says."),
     results_option(exists=False),
 ]
 
@@ -133,12 +133,13 @@ def run(experiment, gates, seeds, budget, options, device, jobs, replicas, resul
         **ray):
     "Run the trials of EXPERIMENT that have no result yet."
     from gatednb.jobs import grouped, run_local
-    from gatednb.trials import make_trials
+    from gatednb.trials import find_experiment, make_trials
     ray = {name: value for name, value in ray.items() if value is not None}
     if ray and engine != "ray":
         given = ", ".join(f"--{name}" for name in ray)
         raise click.UsageError(f"--engine is {engine}; expected ray, which {given} is for")
-    groups = grouped(make_trials(experiment, gates, seeds, budget, **options), replicas)
+    trials = make_trials(experiment, gates, seeds, budget, **options)
+    groups = grouped(trials, replicas or find_experiment(experiment).budgets[budget].replicas)
     try:
         if engine == "local": problems = run_local(groups, results, device, jobs)
         else:

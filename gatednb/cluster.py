@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .jobs import tell, unfinished
+from .jobs import tell
 from .trials import (Trial, finished, names_file, result_path, results_folder, run_trials,
                             sealed, write)
 
@@ -91,13 +91,13 @@ def run_on_ray(
     "Train what has no result yet on a Ray cluster. Source: Moritz et al. 2018."
     folder = (folder or results_folder()).absolute()
     with names_file(folder): folder.mkdir(parents=True, exist_ok=True)
-    groups = unfinished(groups, folder)
-    if not groups: return []
+    groups = [[t for t in group if finished(t, folder) is None] for group in groups]
+    if not any(groups): return []
     problems, number = [], sum(map(len, groups))
     total = tqdm(total=number, desc="trials", unit="trial", disable=None)
     with total, connected(address, jobs, gpus) as ray:
         train = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(_train)
-        waiting = {train.remote(group, folder, device): group for group in groups}
+        waiting = {train.remote(group, folder, device): group for group in groups if group}
         while waiting:
             answers, _ = ray.wait(list(waiting), timeout=1)
             for answer in answers:

@@ -67,7 +67,7 @@ budgets = {
         replace(paper, iterations=25_000), {"validation": 2000}),
     "quick": Budget(
         "quick: 250 iterations, 500 images to validate and 2,000 to test on, 2 seeds",
-        replace(paper, iterations=250), {"validation": 500, "test": 2000}, seeds=2),
+        replace(paper, iterations=250), {"validation": 500, "test": 2000}, seeds=2, replicas=2),
 }
 
 # %% ../nbs/34_sequential_mnist.ipynb #3338d928

@@ -43,6 +43,7 @@ class Budget:
     options: Options             # of training
     task: dict = field(default_factory=dict)    # arguments for the experiment's task
     seeds: int = 10              # how many a comparison takes, unless asked for others
+    replicas: int = 1            # how many of them are trained side by side, unless asked
 
 # %% ../nbs/32_trials.ipynb #8cb0a054
 @dataclass(frozen=True)
