@@ -385,7 +385,7 @@ def _begin(trials, folder, device):
     digest = hashlib.sha256(names.encode()).hexdigest()[:12]
     checkpoint = result_path(first, folder).with_name(f"{first.gate}-{digest}.checkpoint")
     attempt = checkpoint.with_suffix(".try")
-    write(attempt, " " * largest)             # as much as a result may need
+    write(attempt, "")
     attempt.unlink(missing_ok=True)           # another process may have tried at the same time
     experiment = find_experiment(first.experiment)
     task = experiment.task(**first.task)
