@@ -4,7 +4,6 @@
 __all__ = ['bins', 'recurrent_layer', 'watched', 'histogram', 'kept_share', 'gate_snapshot', 'state_gradients']
 
 # %% ../nbs/31b_diagnostics.ipynb #23fd96e5
-import math
 from collections.abc import Callable
 from contextlib import contextmanager
 

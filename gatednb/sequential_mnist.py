@@ -7,7 +7,6 @@ __all__ = ['units', 'variants', 'paper', 'budgets', 'network', 'digits']
 import functools
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from .classification import LastStateClassifier, accuracy

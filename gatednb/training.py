@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['optimizers', 'schedules', 'precisions', 'Task', 'Shuffled', 'chosen', 'Options', 'rate_factor', 'Replicas', 'clip_',
-           'Run']
+           'Run', 'drafted']
 
 # %% ../nbs/31_training.ipynb #f3cbe1fd
 import copy
@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -343,6 +344,19 @@ def finish(self: Run) -> dict[str, list[float]]:    # name → a number for each
     return {"test_loss": loss.tolist(), "test_score": score.tolist()}
 
 # %% ../nbs/31_training.ipynb #24e03130
+@contextmanager
+def drafted(
+    path: Path,      # of a file, which is replaced at once or not at all
+):
+    "Within, the path of a draft; it takes the file's place in the end, unless an error comes."
+    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
+    try:
+        yield draft
+        if draft.exists(): draft.replace(path)    # of several processes, one has written it
+    finally:
+        with suppress(OSError): draft.unlink(missing_ok=True)
+
+# %% ../nbs/31_training.ipynb #9b16ac23
 _progress = ("iteration", "active", "diverged", "best_score", "best_iteration", "best",
              "curves", "stopped", "seconds", "notes")
 
@@ -351,16 +365,11 @@ def save(self: Run,
     path: str | Path,    # of the checkpoint; it is replaced at once or not at all
 ):
     "Write all that is needed to go on, after a validation."
-    path = Path(path)
     state = {"replicas": self.replicas, "optimizer": self.optimizer, "seeds": self.seeds}
     on_gpu = self.fabric.device.type == "cuda"
     state["random"] = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if on_gpu else [])]
     state["progress"] = {name: getattr(self, name) for name in _progress}
-    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-    try:
-        self.fabric.save(draft, state)
-        if self.fabric.is_global_zero: draft.replace(path)
-    finally: draft.unlink(missing_ok=True)
+    with drafted(Path(path)) as draft: self.fabric.save(draft, state)
 
 # %% ../nbs/31_training.ipynb #f7bfbba6
 @patch

@@ -19,7 +19,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import version
@@ -33,7 +33,7 @@ import gatednb
 from .diagnostics import gate_snapshot, recurrent_layer, state_gradients
 from .engines.machine import _sources_at_import
 from .gates import catalogue, patch
-from .training import Options, Run, Task, chosen
+from .training import Options, Run, Task, chosen, drafted
 
 # %% ../nbs/32_trials.ipynb #c061920a
 @dataclass(frozen=True)
@@ -177,8 +177,11 @@ def sealed(
     result: dict,    # without a seal
 ) -> str:            # JSON
     "A result as text, with a seal: the hash of the rest."
+    return json.dumps(result | {"seal": _seal(result)}) + "\n"
+
+def _seal(result):
     content = json.dumps(result, sort_keys=True, allow_nan=False)
-    return json.dumps(result | {"seal": hashlib.sha256(content.encode()).hexdigest()}) + "\n"
+    return hashlib.sha256(content.encode()).hexdigest()
 
 # %% ../nbs/32_trials.ipynb #17cfe7a9
 def opened(
@@ -188,7 +191,7 @@ def opened(
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         seal = result.pop("seal") if isinstance(result, dict) else None
-        whole = seal and json.loads(sealed(result))["seal"] == seal
+        whole = seal and _seal(result) == seal
     except (OSError, ValueError, KeyError, RecursionError) as error:
         kind = type(error).__name__
         raise ValueError(f"{path} cannot be read as a whole result ({kind})") from None
@@ -218,17 +221,12 @@ def write(
     text: str,
 ):
     "Write a file as a whole; an `OSError` names it."
-    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
     with names_file(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(draft, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            with suppress(OSError): draft.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with drafted(path) as draft, open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
 # %% ../nbs/32_trials.ipynb #903c7176
 def finished(
