@@ -219,7 +219,8 @@ def _summary_row(budget, gate, group, metric):
     values = np.array(list(by_seed(group, metric).values()))
     whole = values[np.isfinite(values)]
     mean, spread = bootstrap_mean(whole), whole.std(ddof=1) if len(whole) > 1 else math.nan
-    median = lambda name: float(np.median([r["metrics"][name] for r in group]))
+    kept = [r["metrics"] for r, value in zip(group, values) if np.isfinite(value)]
+    median = lambda name: float(np.median([m[name] for m in kept])) if kept else math.nan
     return {"budget": budget, "gate": gate,
             "n": len(group), "diverged": len(group) - len(whole),
             "mean": mean.value, "sd": spread, "low": mean.low, "high": mean.high,

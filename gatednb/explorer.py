@@ -14,7 +14,7 @@ import sympy
 import torch
 
 from .gates import Gate, unit_symbols
-from .symbols import Input, Parameter, PreActivation, ProgramPrinter, s
+from .symbols import PreActivation, ProgramPrinter, s
 
 # %% ../nbs/14_explorer.ipynb #e6254b0d
 class BrowserPrinter(ProgramPrinter):

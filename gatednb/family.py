@@ -4,7 +4,6 @@
 __all__ = ['ur', 'refinement', 'shares', 'pre_activation', 'chrono_', 'uniform_']
 
 # %% ../nbs/13_family.ipynb #b03429fd
-import functools
 import math
 
 import sympy
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from . import cells
-from .cells import Cell, U, W
+from .cells import Cell, W
 from .engines.eager import recurrent_blocks
 from .gates import Gate, register, sigmoid
 from .layers import RecurrentLayer

@@ -22,8 +22,8 @@ from .cells import Cell, CellPrinter, Phase, U, W
 from .engines.eager import parameter_symbols, recurrent_blocks, symbols_of
 from .gates import absorb_signs, patch
 from .layers import RecurrentLayer
-from .symbols import (Candidate, EquationSymbol, GateValue, Parameter, State, StepInput,
-                             aligned, torch_function, x)
+from .symbols import (Candidate, EquationSymbol, GateValue, Parameter, StepInput, aligned,
+                             torch_function, x)
 
 # %% ../nbs/06_gradients.ipynb #1c274874
 class delta(sympy.Function):

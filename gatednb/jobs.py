@@ -109,6 +109,7 @@ class Worker:
         if self.bar is not None: self.bar.close()
         code = self.process.exitcode
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if code == -signal.SIGTERM: self.outcome = self.outcome or ("done", None)
         self.outcome = self.outcome or ("failed", f"its process ended without a result ({why})")
 
 # %% ../nbs/32b_jobs.ipynb #aae1d652

@@ -392,6 +392,7 @@ def _begin(trials, folder, device):
         run = Run(functools.partial(experiment.network, first.gate), task,
                   [t.seed for t in trials], first.options, fabric)
         run.notes["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        run.notes["code"] = [code_version()]
         return run
     run = fresh()
     if not checkpoint.exists(): return run, checkpoint
@@ -401,6 +402,11 @@ def _begin(trials, folder, device):
         warnings.warn(f"{checkpoint} cannot be read ({reason}); the training starts anew",
                       stacklevel=4)
         run = fresh()                         # something of it may have been loaded
+    versions = run.notes["code"]
+    if versions[-1] != code_version():
+        warnings.warn(f"{checkpoint} was written by other code ({versions[-1]}), and the "
+                      "training goes on with this one", stacklevel=4)
+        versions.append(code_version())
     return run, checkpoint
 
 # %% ../nbs/32_trials.ipynb #dcc75771
@@ -424,12 +430,14 @@ def _train(trials, folder, device, report, stop, save_every):
     metrics = run.finish()
     look(run, final=True)
     made = provenance(run.fabric.device) | {"started": run.notes["started"]}
+    if len(run.notes["code"]) > 1: made["earlier_code"] = run.notes["code"][:-1]
     found = [rounded(outcome(trial, run, replica, metrics))
              for replica, trial in enumerate(trials)]
     exactly = [{"configuration": t.configuration(), "provenance": made} for t in trials]
     results = [fitted(result | whole) for result, whole in zip(found, exactly)]
     for trial, result in zip(trials, results): write(result_path(trial, folder), sealed(result))
-    checkpoint.unlink(missing_ok=True)
+    for rest in checkpoint.parent.glob(f"{checkpoint.name}*"):    # a killed save leaves a draft
+        rest.unlink(missing_ok=True)
     return results
 
 # %% ../nbs/32_trials.ipynb #9c03796c

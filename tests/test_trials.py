@@ -8,7 +8,7 @@ from conftest import ROOT
 
 import tiny_experiment
 from gatednb import evidence, trials
-from gatednb.jobs import grouped, run_local
+from gatednb.jobs import Worker, grouped, run_local
 from gatednb.training import Options, Run, Task
 from gatednb.trials import find_experiment, make_trials, opened, result_path, run_trials
 
@@ -112,6 +112,12 @@ class Command:
         os.close(self.terminal)
         return self.process.wait(60)
 
+def test_a_process_stopped_before_it_can_listen_is_said_to_be_stopped(tmp_path, capfd):
+    worker = Worker(tiny(0), tmp_path, "cpu", 1, 60.)
+    worker.process.terminate()
+    while worker.receive(): pass
+    assert worker.outcome == ("done", None)
+
 def test_interrupted_twice_and_finished_by_the_same_command(whole, tmp_path):
     BAR = r"seed {}: +\d+%.*?[1-9]\d*/150 \[\d\d:\d\d<\d\d:\d\d"         # beyond iteration 0, and says how long it will take
     for number in signal.SIGINT, signal.SIGTERM:
@@ -173,6 +179,22 @@ def test_a_damaged_checkpoint_starts_anew(whole, tmp_path, damage):
     with pytest.warns(UserWarning, match="cannot be read.*starts anew"):
         result, = run_trials(tiny(0), tmp_path, report=lambda iteration, *_: seen.append(iteration))
     assert seen[0] == 0 and essence(result) == essence(whole[1][0])
+
+def test_a_checkpoint_of_other_code_goes_on_and_says_so(whole, tmp_path, monkeypatch):
+    assert run_trials(tiny(0), tmp_path, stop=lambda: True) is None
+    before = trials.code_version()
+    monkeypatch.setattr(trials, "code_version", lambda: before | {"sources": "another"})
+    with pytest.warns(UserWarning, match="written by other code"): result, = run_trials(tiny(0), tmp_path)
+    made = result["provenance"]
+    assert made["code"]["sources"] == "another" and made["earlier_code"] == [before]
+    assert "earlier_code" not in whole[1][0]["provenance"] and essence(result) == essence(whole[1][0])
+
+def test_drafts_of_killed_saves_go_with_the_checkpoint(tmp_path):
+    assert run_trials(tiny(0), tmp_path, stop=lambda: True) is None
+    checkpoint, = tmp_path.rglob("*.checkpoint")
+    checkpoint.with_name(f"{checkpoint.name}.12345.draft").write_bytes(b"half")
+    run_trials(tiny(0), tmp_path)
+    assert len(names(tmp_path)) == 1
 
 # --- disks
 
