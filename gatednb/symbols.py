@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['s', 'x', 'functions', 'EquationSymbol', 'PreActivation', 'Input', 'StepInput', 'Parameter', 'State', 'NextState',
-           'GateValue', 'Candidate', 'sigmoid', 'ProgramPrinter', 'code', 'assignment', 'compile_function',
-           'torch_function', 'PagePrinter', 'latex', 'aligned']
+           'GateValue', 'Candidate', 'sigmoid', 'AcrossUnits', 'normalised', 'cumax', 'ProgramPrinter', 'code',
+           'assignment', 'compile_function', 'torch_function', 'PagePrinter', 'latex', 'aligned']
 
 # %% ../nbs/02_symbols.ipynb #48206417
 import functools
@@ -89,6 +89,24 @@ class sigmoid(sympy.Function):
         value = rf"\sigma\left({printer._print(self.args[0])}\right)"
         return value if exp is None else f"{value}^{{{exp}}}"
 
+# %% ../nbs/02_symbols.ipynb #7b0f00cd
+class AcrossUnits(sympy.Function):
+    "A function of the values of all hidden units; `on_tensor` computes it along the last axis."
+    nargs = 1
+
+    def _eval_is_real(self): return True
+    def _eval_derivative(self, symbol):
+        raise ValueError(f"{type(self).__name__} couples the units of a layer; expected a "
+                         "function of one unit, which has a derivative by its own symbols")
+
+class normalised(AcrossUnits):
+    "A value with mean 0 and variance 1 over the hidden units (Ba et al. 2016)."
+    def on_tensor(v): return torch.nn.functional.layer_norm(v, v.shape[-1:])
+
+class cumax(AcrossUnits):
+    "The sums of a softmax up to each hidden unit, which rise to 1 (Shen et al. 2019)."
+    def on_tensor(v): return v.softmax(-1).cumsum(-1)
+
 # %% ../nbs/02_symbols.ipynb #799c6b1c
 functions = {f.__name__: getattr(torch, f.__name__.lower())
              for f in (sigmoid, tanh, exp, log, sinh, cosh, Abs, sign)}
@@ -106,7 +124,7 @@ class ProgramPrinter(PythonCodePrinter):
 
     def _print_Function(self, expr):
         name = type(expr).__name__
-        if name not in functions:
+        if name not in functions and not isinstance(expr, AcrossUnits):
             known = ", ".join([*functions, "Max", "Min", "sqrt"])
             raise ValueError(f"expr contains the function {name!r}, which cannot be computed "
                              f"on tensors; expected one of {known}")
@@ -151,7 +169,7 @@ def compile_function(
 ):                       # the function, with its text as `.source`
     "A Python function on tensors from its argument names and its body."
     source = "\n    ".join([f"def {name}({', '.join(map(str, args))}):", *lines])
-    scope = dict(namespace)
+    scope = namespace | {f.__name__: f.on_tensor for f in AcrossUnits.__subclasses__()}
     exec(compile(source, f"<equation {name}>", "exec"), scope)
     scope[name].source = source
     return scope[name]
