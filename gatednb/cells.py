@@ -91,7 +91,7 @@ class Cell:
     ):
         self.name, self.equations, self.params = name, dict(equations), dict(params)
         self.slots = {slot.name: slot for slot in slots}
-        self.gates, self.template = {}, self.equations    # until `fill`
+        self.gates, self.defaults, self.template = {}, {}, self.equations    # until `fill`
         self.blocks = tuple(dict.fromkeys(p.block for p in _products(self.equations)))
         self.states = tuple(State(a.name.removesuffix("_next"))
                             for a in self.equations if isinstance(a, NextState))
@@ -206,6 +206,7 @@ def fill(self: Cell,
                   params=self.params | params)
     filled.blocks = tuple(dict.fromkeys([*self.blocks, *filled.blocks]))
     filled.gates, filled.template = chosen, self.equations
+    filled.defaults = {slot.name: slot.default for slot in self.slots.values()}
     filled.schedule()
     return filled
 
@@ -215,7 +216,7 @@ def _changed(self: Cell, equations, params={}):
     "A filled cell with other equations for some symbols, and with further parameters."
     made = Cell(self.name, self.equations | equations, params=self.params | params)
     made.blocks = tuple(dict.fromkeys([*self.blocks, *made.blocks]))
-    made.gates, made.template = self.gates, self.template
+    made.gates, made.defaults, made.template = self.gates, self.defaults, self.template
     return made
 
 @patch

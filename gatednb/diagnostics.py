@@ -15,6 +15,7 @@ from .cells import Cell
 from .contrast import gate_statistics
 from .family import shares
 from .gradient_flow import gradient_norms
+from .gradients import check_layer
 from .layers import RecurrentLayer
 from .symbols import Candidate, GateValue
 
@@ -26,6 +27,7 @@ def recurrent_layer(
     layers = [m for m in network.modules() if isinstance(m, RecurrentLayer)]
     if len(layers) != 1:
         raise ValueError(f"network has {len(layers)} recurrent layers of gatednb; expected one")
+    check_layer(layers[0])
     return layers[0]
 
 # %% ../nbs/31b_diagnostics.ipynb #a76beaa0

@@ -14,7 +14,7 @@ from . import cells
 from .cells import Cell, W
 from .engines.eager import recurrent_blocks
 from .gates import Gate, register, sigmoid
-from .layers import RecurrentLayer
+from .layers import RecurrentModule
 from .symbols import Candidate, GateValue, PreActivation, s
 
 # %% ../nbs/13_family.ipynb #a2cf2af7
@@ -67,14 +67,17 @@ def pre_activation(
 # %% ../nbs/13_family.ipynb #392c178a
 def _cell_of(layer):
     "The filled cell that a layer runs, ours or PyTorch's."
-    if isinstance(layer, RecurrentLayer): return layer.cell
+    if isinstance(layer, RecurrentModule): return layer.cell
     if isinstance(layer, (nn.LSTM, nn.LSTMCell)): return cells.lstm().fill()
     if isinstance(layer, (nn.GRU, nn.GRUCell)): return cells.gru().fill()
     raise TypeError(f"layer is of type {type(layer).__name__}; "
                     "expected a layer of gatednb, or an LSTM or GRU of torch.nn")
 
 def _set_bias(layer, cell, ending, symbol, value):
-    "Let both biases of a pre-activation add up to a value."
+    "Let both biases of a pre-activation add up to a value; normalised ones have their own."
+    if f"{symbol.name}_bias" in cell.params:
+        getattr(layer, f"{symbol.name}_bias{ending}").copy_(value)
+        return
     block, = {p.block for p in cell.equations[symbol].atoms(W)}
     for name, blocks in ("bias_ih", cell.blocks), ("bias_hh", recurrent_blocks(cell)):
         if block in blocks:

@@ -33,8 +33,9 @@ def gradient_norms(
     history, states = [], hx
     for t, x in enumerate(input.split(1, time)):
         states = layer(x, states, {name: v[t] for name, v in further.items()})[1]
-        states = tuple(v.clone() for v in ((states,) if isinstance(states, Tensor) else states))
-        history.append(states)
+        several = not isinstance(states, Tensor)
+        states = tuple(v.clone() for v in states) if several else states.clone()
+        history.append(states if several else (states,))
     value = loss(torch.cat([as_given(first) for first, *_ in history], time))
     found = torch.autograd.grad(value, [v for states in history for v in states],
                                 allow_unused=True, materialize_grads=True)

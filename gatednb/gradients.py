@@ -258,9 +258,11 @@ def _traced(layer, input, hx, step_inputs):
 def check_layer(
     layer,    # anything
 ):
-    "Refuse what is not a layer of this library, with a `TypeError`."
+    "Refuse what is not a layer of this library (`TypeError`), of one run (`ValueError`)."
     if not isinstance(layer, RecurrentLayer):
         raise TypeError(f"layer is of type {type(layer).__name__}; expected a RecurrentLayer")
+    if len(layer.endings) > 1 or layer.proj_size:
+        raise ValueError(f"layer is {layer}; expected one level and direction, not projected")
 
 @torch.no_grad()
 def step_jacobians(

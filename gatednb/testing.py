@@ -116,12 +116,13 @@ def assert_range(
 
 # %% ../nbs/04_checks.ipynb #e7454d71
 def refused(
-    call,          # function that must raise a `ValueError`, `TypeError` or `RuntimeError`
+    call,          # function that must raise one of the errors of bad arguments
     *words: str,   # what its message must contain
 ):
     "Print the message of the error that `call` raises; it must contain every one of `words`."
     try: call()
-    except (ValueError, TypeError, RuntimeError) as error: message = str(error)
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+        message = str(error)
     else: raise AssertionError("nothing was refused")
     assert all(word in message for word in words), message
     print(textwrap.fill(message, 84, subsequent_indent="    ", break_on_hyphens=False))

@@ -373,7 +373,7 @@ def _curves_of(run, replica, last):
 
 def _learned(layer):
     "Gate parameters of a layer by name, where they are vectors."
-    values = {name: getattr(layer, f"{name}_l0") for name in layer.cell.params}
+    values = {name: layer.get_parameter(f"{name}_l0") for name in layer.cell.params}
     return {name: value.tolist() for name, value in values.items() if value.dim() == 1}
 
 # %% ../nbs/32_trials.ipynb #448c6996

@@ -1,12 +1,14 @@
 """What must hold across chapters: parity with torch.nn, and every gate in every slot of every cell."""
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 
 import gatednb
@@ -22,27 +24,123 @@ def tensors(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@settings(max_examples=60, deadline=None)
-@given(layer=st.sampled_from([(GRU, nn.GRU), (LSTM, nn.LSTM)]), sizes=st.tuples(*[st.integers(1, 7)] * 4), bias=st.booleans(),
-       batch_first=st.booleans(), batched=st.booleans(), initial=st.booleans(), seed=st.integers(0, 99))
-def test_defaults_are_torch(layer, sizes, bias, batch_first, batched, initial, seed):
-    "Outputs, final states and all gradients equal torch.nn's in float64, whatever the arguments."
-    (time, batch, features, hidden), (ours, theirs) = sizes, layer
-    torch.manual_seed(seed)
-    a = ours(features, hidden, bias=bias, batch_first=batch_first, dtype=torch.float64)
-    torch.manual_seed(seed)
-    b = theirs(features, hidden, bias=bias, batch_first=batch_first, dtype=torch.float64)
-    assert [n for n, _ in a.named_parameters()] == [n for n, _ in b.named_parameters()]
-    shape = ((batch, time) if batch_first else (time, batch)) if batched else (time,)
-    x = tensors(*shape, features, seed=seed).requires_grad_()
-    state = tensors(*((1, batch) if batched else (1,)), hidden, seed=seed + 1)
-    hx = None if not initial else state if ours is GRU else (state, 2 * state)
+PAIRS = {"GRU": (GRU, nn.GRU), "LSTM": (LSTM, nn.LSTM)}
+
+@st.composite
+def modules(draw):
+    "Every argument of the constructors: our layer and torch.nn's after the same seed, and the arguments."
+    kind, seed = draw(st.sampled_from(sorted(PAIRS))), draw(st.integers(0, 99))
+    features, hidden = draw(st.integers(1, 7)), draw(st.integers(1, 7))
+    options = {"num_layers": draw(st.integers(1, 3)), "bias": draw(st.booleans()), "batch_first": draw(st.booleans()),
+               "dropout": draw(st.sampled_from([0., .5, 1.])), "bidirectional": draw(st.booleans()), "dtype": torch.float64}
+    if kind == "LSTM" and hidden > 1: options["proj_size"] = draw(st.integers(0, hidden - 1))
+    found = []
+    for module in PAIRS[kind]:
+        torch.manual_seed(seed)
+        with warnings.catch_warnings(action="ignore"): found.append(module(features, hidden, **options))
+    return *found, kind, features, hidden, options
+
+def batch(draw, features, first):
+    "A batch in one of its forms: whole, without a batch axis, empty, packed in order or not; the leaf, and its batch axis."
+    time, size, form = draw(st.integers(1, 6)), draw(st.integers(0, 5)), draw(st.sampled_from(["whole", "single", "packed", "mixed"]))
+    if form in ("packed", "mixed"): size = max(size, 1)
+    shape = (time,) if form == "single" else (size, time) if first else (time, size)
+    leaf = tensors(*shape, features).requires_grad_()
+    if form in ("whole", "single"): return leaf, leaf, () if form == "single" else (size,)
+    lengths = draw(st.lists(st.integers(1, time), min_size=size, max_size=size))
+    lengths[0] = time
+    if form == "packed": lengths.sort(reverse=True)
+    return leaf, pack_padded_sequence(leaf, torch.tensor(lengths), first, enforce_sorted=form == "packed"), (size,)
+
+@settings(max_examples=150, deadline=None)
+@given(modules=modules(), data=st.data(), initial=st.booleans(), training=st.booleans())
+def test_defaults_are_torch(modules, data, initial, training):
+    "Names, initial weights, text, outputs, states, random numbers and all gradients are torch.nn's, whatever the arguments."
+    ours, theirs, kind, features, hidden, options = modules
+    assert str(ours) == str(theirs) and list(ours.state_dict()) == list(theirs.state_dict())
+    assert_close(dict(ours.named_parameters()), dict(theirs.named_parameters()), rtol=0, atol=0)
+    leaf, x, size = batch(data.draw, features, options["batch_first"])
+    runs, widths = options["num_layers"] * (1 + options["bidirectional"]), [options.get("proj_size") or hidden, hidden]
+    states = [tensors(runs, *size, width, seed=i).requires_grad_() for i, width in enumerate(widths[:len(ours.cell.states)])]
+    hx = None if not initial else tuple(states) if kind == "LSTM" else states[0]
     results = []
-    for module in (a, b):
-        outputs, final = module(x, hx)
-        loss = outputs.sin().sum() + sum(f.cos().sum() for f in (final if isinstance(final, tuple) else (final,)))
-        results.append([outputs, final, torch.autograd.grad(loss, [x, *module.parameters()])])
-    assert_close(*results, rtol=0, atol=1e-12)
+    for module in (ours, theirs):
+        torch.manual_seed(0)
+        outputs, final = module.train(training)(x, hx)
+        final = final if kind == "LSTM" else (final,)
+        values = outputs.data if isinstance(outputs, PackedSequence) else outputs
+        loss = values.sin().sum() + sum(f.cos().sum() for f in final)
+        found = torch.autograd.grad(loss, [leaf, *(states if initial else []), *module.parameters()], retain_graph=True,
+                                    allow_unused=True, materialize_grads=True)
+        results.append([outputs, final, found])
+    assert_close(*results, rtol=1e-10, atol=1e-12)
+
+BAD = {    # arguments of the constructor → as torch.nn
+    "no features": ((0, 3), {}), "no units": ((3, 0), {}), "half a unit": ((3, 2.5), {}), "a word": (("3", 2), {}),
+    "no level": ((3, 2, 0), {}), "half a level": ((3, 2, 1.5), {}), "bias": ((3, 2, 1, 2), {}), "order": ((3, 2), {"batch_first": 2}),
+    "dropout above 1": ((3, 2, 2), {"dropout": 1.1}), "dropout is a bool": ((3, 2, 2), {"dropout": True}),
+    "dropout is nothing": ((3, 2, 2), {"dropout": None}), "dropout is a word": ((3, 2, 2), {"dropout": "a"}),
+    "projection too large": ((3, 2), {"proj_size": 2}), "projection below 0": ((3, 2), {"proj_size": -1}),
+    "whole numbers": ((3, 2), {"dtype": torch.int32}), "a name": ((3, 2), {"hiden": 1}),
+}
+
+def raised(call):
+    "The type of the error that a call raises, or None."
+    with warnings.catch_warnings(action="ignore"):
+        try: call()
+        except Exception as error: return type(error)
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("case", BAD)
+def test_constructors_refuse_as_torch(kind, case):
+    args, options = BAD[case]
+    ours, theirs = (raised(lambda: module(*args, **options)) for module in PAIRS[kind])
+    assert ours is theirs and ours is not None
+
+CALLS = {    # of a layer with 3 features, 2 units, 2 levels; for an LSTM states come twice
+    "a list": ([[1.]], None), "one axis": (torch.zeros(3), None), "four axes": (torch.zeros(4, 2, 3, 1), None),
+    "features": (torch.zeros(4, 2, 4), None), "whole numbers": (torch.zeros(4, 2, 3).int(), None), "double": (torch.zeros(4, 2, 3).double(), None),
+    "no steps": (torch.zeros(0, 2, 3), None), "state without a batch": (torch.zeros(4, 2, 3), torch.zeros(2, 2)),
+    "state of a batch": (torch.zeros(4, 3), torch.zeros(2, 1, 2)), "another batch": (torch.zeros(4, 2, 3), torch.zeros(2, 3, 2)),
+    "one level": (torch.zeros(4, 2, 3), torch.zeros(1, 2, 2)), "double state": (torch.zeros(4, 2, 3), torch.zeros(2, 2, 2).double()),
+    "packed features": (pack_padded_sequence(torch.zeros(4, 2, 4), [4, 2]), None),
+    "packed double": (pack_padded_sequence(torch.zeros(4, 2, 3).double(), [4, 2]), None),
+    "packed state": (pack_padded_sequence(torch.zeros(4, 2, 3), [4, 2]), torch.zeros(2, 2)),
+}
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("case", CALLS)
+def test_calls_are_refused_as_by_torch(kind, case):
+    x, hx = CALLS[case]
+    if kind == "LSTM" and hx is not None: hx = hx, hx
+    ours, theirs = (raised(lambda: module(3, 2, 2)(x, hx)) for module in PAIRS[kind])
+    if kind == "LSTM" and case in ("packed double", "packed state"):    # nn.LSTM does not check these, and fails inside
+        theirs = raised(lambda: nn.GRU(3, 2, 2)(*CALLS[case]))
+    assert ours is theirs and ours is not None
+
+@pytest.mark.parametrize("hx", [torch.zeros(1, 2, 2), (torch.zeros(1, 2, 2),), 3 * (torch.zeros(1, 2, 2),), 2 * ([0.],)],
+                         ids=["a tensor", "one", "three", "lists"])
+def test_states_of_an_lstm_are_refused_as_by_torch(hx):
+    ours, theirs = (raised(lambda: module(3, 2)(torch.zeros(4, 2, 3), hx)) for module in PAIRS["LSTM"])
+    assert ours is theirs and ours is not None
+
+MODELS = {"GRU": {"update_gate": "squared_sigmoid"}, "LSTM": {"forget_gate": "kaf"}, "MGU": {"gate": "kaf"}}
+
+@settings(max_examples=40, deadline=None)
+@given(kind=st.sampled_from(sorted(MODELS)), seed=st.integers(0, 99), levels=st.integers(1, 2), both=st.booleans(), mask=st.booleans(),
+       data=st.data())
+def test_engines_agree_in_every_form(kind, seed, levels, both, mask, data):
+    "The compiled engine and the eager one: levels, directions, packed input, recurrent dropout, values and gradients."
+    results, options = [], {"num_layers": levels, "bidirectional": both, "recurrent_dropout": mask * .5, "dtype": torch.float64}
+    leaf, x, _ = batch(data.draw, 3, False)
+    for backend in ("eager", "numba"):
+        torch.manual_seed(seed)
+        module = getattr(gatednb, kind)(3, 4, backend=backend, **options, **MODELS[kind])
+        outputs, final = module(x)
+        values = outputs.data if isinstance(outputs, PackedSequence) else outputs
+        found = torch.autograd.grad(values.sin().sum(), [leaf, *module.parameters()], retain_graph=True)
+        results.append([outputs, final, found])
+    assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", sorted(catalogue))
