@@ -216,7 +216,7 @@ def _changed(self: Cell, equations, params={}):
     "A filled cell with other equations for some symbols, and with further parameters."
     made = Cell(self.name, self.equations | equations, params=self.params | params)
     made.blocks = tuple(dict.fromkeys([*self.blocks, *made.blocks]))
-    made.gates, made.defaults, made.template = self.gates, self.defaults, self.template
+    made.gates, made.defaults, made.template = self.gates, self.defaults, self.template | equations
     return made
 
 @patch
@@ -244,7 +244,7 @@ def with_recurrent_mask(self: Cell) -> Cell:    # filled like this one
     "The cell with a mask on its states where recurrent weights multiply them. Source: Gal 2016."
     masked = {a: recurrent_mask * a for a in self.states}
     hide = lambda block, value: U(block.name, value.xreplace(masked))
-    return self._changed({a: e.replace(U, hide) for a, e in self.equations.items()})
+    return self._changed({a: e.replace(U, hide) for a, e in self.equations.items() if e.has(U)})
 
 # %% ../nbs/05_cells.ipynb #fc1d1606
 class CellPrinter(PagePrinter):

@@ -14,7 +14,7 @@ from . import cells
 from .cells import Cell, W
 from .engines.eager import recurrent_blocks
 from .gates import Gate, register, sigmoid
-from .layers import RecurrentModule
+from .modules import RecurrentModule
 from .symbols import Candidate, GateValue, PreActivation, s
 
 # %% ../nbs/13_family.ipynb #a2cf2af7

@@ -20,8 +20,11 @@ from gatednb import GRU, KAFGRU, LSTM, MGU, Cell, Gate, RecurrentLayer, RefinedL
 from gatednb.cells import Slot, U, W, gru, lstm, mgu
 from gatednb.engines import eager, numba, resources
 from gatednb.engines.vectors import assembly, register_bytes, x86
+from gatednb.gates import initial_values
 from gatednb.lowering import Segment
 from gatednb.symbols import Candidate, GateValue, Input, NextState, Parameter, PreActivation, State, StepInput, sigmoid
+from gatednb.zoo import cells as zoo, light
+from gatednb.zoo.gates import coupled_lstm
 
 # gates with everything that a gate may be computed from
 
@@ -81,6 +84,22 @@ CELLS = {
     "mgu kaf": mgu().fill(gate="kaf"),
     "mgu two slots": mgu(shared=False).fill(reset_gate="hard_sigmoid", update_gate=LEARNED),
     "minGRU kaf": without_recurrence().fill(update_gate="kaf"),
+    "gru fast_sigmoid": both(True, True, "fast_sigmoid"),
+    "gru hard_sigmoid_sixth": both(False, False, "hard_sigmoid_sixth"),
+    "gru forget_share": both(False, True, "forget_share", "sigmoid"),
+    "minLSTM": light.min_lstm().fill(),
+    "minGRU positive": light.min_gru().fill(candidate="positive"),
+    "T-LSTM": light.t_lstm().fill(),
+    "T-GRU": light.t_gru().fill(),
+    "SRU": light.sru().fill(),
+    "RG-LRU": light.rg_lru().fill(),
+    "IndRNN": light.ind_rnn().fill(),
+    "JANET": zoo.janet().fill(),
+    "multiplicative LSTM": zoo.multiplicative(lstm().fill()),
+    "sLSTM": zoo.slstm().fill(),
+    "sLSTM exponential": zoo.slstm(exponential=True).fill(),
+    "coupled LSTM": coupled_lstm().fill(),
+    "gru masked, reset before": gru(False, True).fill().with_recurrent_mask(),
 }
 cells = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 # cells that differ in what an engine does around the equations: phases, states, x and further inputs
@@ -136,9 +155,8 @@ def make(cell, time, batch, features, hidden, seed=0, lengths=False, bias=True, 
         if name.startswith(("weight", "bias")): tensors[name] = tensors[name] / (3 * max(hidden, features))**.5
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for slot, gate in cell.gates.items():
-            for name, value in gate.initial_parameters(hidden, torch.float64).items():
-                tensors[f"{slot}_{name}"] = value + torch.randn(value.shape, dtype=value.dtype) / 10
+        for name, value in initial_values(cell.params, hidden, torch.float64).items():
+            tensors[name] = value + torch.randn(value.shape, dtype=value.dtype) / 10
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, time + 1, (batch,), generator=generator) if lengths else None
     return Case(cell, tensors, lengths).to(dtype)

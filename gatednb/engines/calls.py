@@ -30,7 +30,8 @@ def program_key(cell: Cell) -> str:
     "The key of a cell's program, which is lowered if nobody has asked for it yet."
     if not hasattr(cell, "_program_key"):
         content = [sympy.srepr(e) for pair in cell.equations.items() for e in pair]
-        text = "\n".join([*content, repr(cell.params)])
+        shapes = {name: shape for name, (shape, _) in cell.params.items()}
+        text = "\n".join([*content, repr(shapes)])
         key = hashlib.sha256(text.encode()).hexdigest()
         if key not in programs: programs[key], cells[key] = lower(cell), cell
         cell._program_key = key
