@@ -182,7 +182,7 @@ const short = v => {
   return plain ? String(Number(v.toPrecision(4))) : v.toExponential(3);
 };
 const percent = share => `${(100 * share).toFixed(1)} %`;
-const kept = g => g >= 0 && g <= 1 ? 1 / (1 - g) : NaN;
+const steps = (g, lost) => g >= 0 && g <= 1 ? 1 / lost : NaN;
 const say = (name, text) => {
   root.querySelector(`[data-shown="${name}"]`).textContent = text;
 };
@@ -199,7 +199,7 @@ const update = () => {
     input.previousElementSibling.textContent = short(Number(input.value));
   }
   say("value", short(g)); say("slope", short(slope));
-  say("keeps", short(kept(g))); say("writes", short(kept(1 - g)));
+  say("keeps", short(steps(g, 1 - g))); say("writes", short(steps(g, g)));
   say("mean", short(found.mean)); say("sd", short(found.sd));
   say("shut", percent(found.shut)); say("wide", percent(found.wide));
   const reference = points.map(v => [v, sigmoid(v), sigmoid(v) * (1 - sigmoid(v))]);
@@ -214,7 +214,7 @@ const update = () => {
   };
   draw("gate", view, c => c[1], short(g));
   draw("derivative", [bottom, top * 1.1], c => c[2], short(slope));
-  draw("steps kept", [0, 3], c => log10(kept(c[1])), short(kept(g)), true);
+  draw("steps kept", [0, 3], c => log10(steps(c[1], 1 - c[1])), short(steps(g, 1 - g)), true);
   const svg = root.querySelector('svg[data-panel="histogram"]');
   const most = maximum(.02, ...found.shares), spread = `standard deviation ${short(found.sd)}`;
   bars(svg, found.shares, view, panel(svg, view, [0, most * 1.1]));
