@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 
 import gatednb
-from gatednb import GRU, LSTM, MGU, KAFGRU, RefinedGRU, RefinedLSTM, RefinedMGU, SSTGRU, catalogue
+from gatednb import GRU, LSTM, MGU, GRUCell, LSTMCell, KAFGRU, RefinedGRU, RefinedLSTM, RefinedMGU, SSTGRU, catalogue
 
 PAPERS = {"SSTGRU": SSTGRU, "KAFGRU": KAFGRU, "RefinedGRU": RefinedGRU, "RefinedMGU": RefinedMGU, "RefinedLSTM": RefinedLSTM}
 SLOTS = [(layer, slot) for layer, slots in ((GRU, ("reset_gate", "update_gate", "candidate")),
@@ -122,6 +122,44 @@ def test_calls_are_refused_as_by_torch(kind, case):
                          ids=["a tensor", "one", "three", "lists"])
 def test_states_of_an_lstm_are_refused_as_by_torch(hx):
     ours, theirs = (raised(lambda: module(3, 2)(torch.zeros(4, 2, 3), hx)) for module in PAIRS["LSTM"])
+    assert ours is theirs and ours is not None
+
+CELLS = {"GRU": (GRUCell, nn.GRUCell), "LSTM": (LSTMCell, nn.LSTMCell)}
+
+@settings(max_examples=40, deadline=None)
+@given(kind=st.sampled_from(sorted(CELLS)), sizes=st.tuples(st.integers(0, 5), st.integers(1, 7), st.integers(1, 7)), bias=st.booleans(),
+       batched=st.booleans(), initial=st.booleans(), seed=st.integers(0, 99))
+def test_cells_are_torchs(kind, sizes, bias, batched, initial, seed):
+    "A step: names, initial weights, text, states and all gradients are torch.nn's, whatever the arguments."
+    batch, features, hidden = sizes
+    modules = []
+    for module in CELLS[kind]:
+        torch.manual_seed(seed)
+        modules.append(module(features, hidden, bias=bias, dtype=torch.float64))
+    ours, theirs = modules
+    assert str(ours) == str(theirs)
+    assert_close(dict(ours.named_parameters()), dict(theirs.named_parameters()), rtol=0, atol=0)
+    size = (batch,) if batched else ()
+    x = tensors(*size, features).requires_grad_()
+    states = [tensors(*size, hidden, seed=i).requires_grad_() for i in range(len(ours.cell.states))]
+    hx = None if not initial else tuple(states) if kind == "LSTM" else states[0]
+    results = []
+    for module in modules:
+        found = module(x, hx)
+        found = found if kind == "LSTM" else (found,)
+        given = [x, *(states if initial else []), *module.parameters()]
+        results.append([found, torch.autograd.grad(sum(f.sin().sum() for f in found), given, allow_unused=True, materialize_grads=True)])
+    assert_close(*results, rtol=1e-10, atol=1e-12)
+
+STEPS = {"one axis too many": (torch.zeros(4, 2, 3), None), "features": (torch.zeros(4, 4), None), "another batch": (torch.zeros(4, 3), torch.zeros(3, 2)),
+         "units": (torch.zeros(4, 3), torch.zeros(4, 3)), "double": (torch.zeros(4, 3).double(), None)}
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("case", STEPS)
+def test_steps_are_refused_as_by_torch(kind, case):
+    x, hx = STEPS[case]
+    if kind == "LSTM" and hx is not None: hx = hx, hx
+    ours, theirs = (raised(lambda: module(3, 2)(x, hx)) for module in CELLS[kind])
     assert ours is theirs and ours is not None
 
 MODELS = {"GRU": {"update_gate": "squared_sigmoid"}, "LSTM": {"forget_gate": "kaf"}, "MGU": {"gate": "kaf"}}
