@@ -137,7 +137,7 @@ def _run(self: RecurrentLayer, input, hx, step_inputs, trace):
     self._check_input(input.data if packed else input, packed)
     sequence, lengths = unpacked(input) if packed else (self._time_first(input, input), None)
     states = self._initial_states(sequence, hx, input)
-    given = self._check_step_inputs(sequence, step_inputs, input)
+    given = self._check_step_inputs(step_inputs, sequence if packed else input)
     given = {name: self._time_first(v, input) for name, v in given.items()}
     output, finals, seen = self._run_levels(sequence, states, given, lengths, trace)
     finals = [torch.stack(state) for state in zip(*finals)]
@@ -221,25 +221,6 @@ def _initial_states(self: RecurrentLayer, sequence, hx, input):
         if packed: state = _sorted(state, input)
         found.append(state if batch else state.unsqueeze(1))
     return found
-
-# %% ../nbs/29b_layers.ipynb #6cd07604
-@patch
-def _check_step_inputs(self: RecurrentLayer, sequence, step_inputs, input):
-    "Refuse step inputs that do not belong to the input."
-    given = dict(step_inputs or {})
-    if sorted(given) != sorted(self.step_inputs):
-        raise ValueError(f"step_inputs has {sorted(given)}; "
-                         f"the gates of this {self.cell.name} need {self.step_inputs}")
-    like = sequence if isinstance(input, PackedSequence) else input
-    expected = (*like.shape[:-1], self.hidden_size)
-    for name, value in given.items():
-        if tuple(value.shape) != expected:
-            raise ValueError(f"step_inputs[{name!r}] has shape {tuple(value.shape)}; "
-                             f"expected {expected}")
-        if value.dtype != sequence.dtype:
-            raise ValueError(f"step_inputs[{name!r}] has dtype {value.dtype}; "
-                             f"expected {sequence.dtype}, the input's")
-    return given
 
 # %% ../nbs/29b_layers.ipynb #deee95b2
 class GRUGates:

@@ -205,12 +205,13 @@ def run_cell(self: RecurrentModule,
     kinds = [k for k in (*weight_kinds, "weight_xh") if k + ending in own]
     weights = {kind: own[kind + ending] for kind in kinds}
     params = {name: own[name + ending] for name in cell.params}
-    zeros = sequence.new_zeros(sequence.size(1), self.hidden_size)
-    given = [zeros] * len(cell.states) if states is None else states
+    given = states
+    if states is None or self.proj_size:
+        zeros = sequence.new_zeros(sequence.size(1), self.hidden_size)
+        given = [zeros] * len(cell.states) if states is None else [zeros, *states[1:]]
     if self.proj_size:
         h = None if states is None else states[0]
         sequence, project = self._multiplied_out(weights, sequence, h)
-        given = [zeros, *given[1:]]
     if self.x_projection: self._add_projection(weights)
     output, final, seen = self._engine(cell, x, trace)(
         cell, sequence, given, **weights, x=x, params=params, step_inputs=step_inputs,
@@ -242,6 +243,23 @@ def named_states(
             raise AttributeError(f"hx is of type {type(state).__name__} for state {name!r}; "
                                  "expected a Tensor")
     return found
+
+# %% ../nbs/29aa_modules.ipynb #f9214418
+@patch
+def _check_step_inputs(self: RecurrentModule, step_inputs, input):
+    "Step inputs, or an error if they do not belong to the input: they have its axes but the last."
+    given, expected = dict(step_inputs or {}), (*input.shape[:-1], self.hidden_size)
+    if sorted(given) != sorted(self.step_inputs):
+        raise ValueError(f"step_inputs has {sorted(given)}; "
+                         f"the gates of this {self.cell.name} need {self.step_inputs}")
+    for name, value in given.items():
+        if tuple(value.shape) != expected:
+            raise ValueError(f"step_inputs[{name!r}] has shape {tuple(value.shape)}; "
+                             f"expected {expected}")
+        if value.dtype != input.dtype:
+            raise ValueError(f"step_inputs[{name!r}] has dtype {value.dtype}; "
+                             f"expected {input.dtype}, the input's")
+    return given
 
 # %% ../nbs/29aa_modules.ipynb #2690a7eb
 usual = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.,

@@ -4,7 +4,6 @@
 __all__ = ['RecurrentCell', 'GRUCell', 'LSTMCell', 'MGUCell']
 
 # %% ../nbs/29d_in_torchs_place.ipynb #285d918f
-import torch
 from torch import Tensor
 
 from .cells import Cell
@@ -45,7 +44,8 @@ def forward(self: RecurrentCell,
     batched = input.dim() == 2
     rows = lambda v: v if batched else v.unsqueeze(0)
     states = None if hx is None else [rows(v) for v in self._checked_states(hx, input)]
-    given = {name: rows(v)[None] for name, v in self._checked_step_inputs(step_inputs, input)}
+    given = self._check_step_inputs(step_inputs, input)
+    given = {name: rows(v)[None] for name, v in given.items()}
     _, final, _ = self.run_cell("", rows(input)[None], states, given)
     found = tuple(v if batched else v.squeeze(0) for v in final)
     return found if len(found) > 1 else found[0]
@@ -77,15 +77,6 @@ def _checked_states(self: RecurrentCell, hx, input):
             raise RuntimeError(f"hx has shape {tuple(state.shape)} and dtype {state.dtype} for "
                                f"state {name!r}; expected {expected} and {input.dtype}")
     return found.values()
-
-@patch
-def _checked_step_inputs(self: RecurrentCell, step_inputs, input):
-    given, expected = dict(step_inputs or {}), (*input.shape[:-1], self.hidden_size)
-    shapes = {name: tuple(v.shape) for name, v in given.items()}
-    if shapes != dict.fromkeys(self.step_inputs, expected):
-        raise ValueError(f"step_inputs has the shapes {shapes}; expected {expected} for each of "
-                         f"{self.step_inputs}")
-    return given.items()
 
 # %% ../nbs/29d_in_torchs_place.ipynb #f1f947d0
 class GRUCell(GRUGates, RecurrentCell):

@@ -39,12 +39,9 @@ FUNCTIONS = Gate("functions", sympy.Abs(sympy.sinh(s)) / (2 * sympy.cosh(s) + sy
                  + sympy.sqrt(1 + s**2) / 9 - sympy.Min(s, 1)**3 / 99, range=(-math.inf, math.inf))
 
 
-def without_recurrence():
-    "A cell with no recurrent product, as in minGRU: its gates see the input alone."
-    h, z, n, s_z, s_n = State("h"), GateValue("z"), Candidate("n"), PreActivation("s_z"), PreActivation("s_n")
-    update_gate, candidate = Slot("update_gate", "sigmoid", carries=True), Slot("candidate", "tanh")
-    return Cell("minGRU", {s_z: W("z"), s_n: W("n"), z: update_gate(s_z), n: candidate(s_n), h.next: z * h + (1 - z) * n},
-                [update_gate, candidate])
+def without_recurrence(**gates):
+    "A cell with no recurrent product: its gates see the input alone."
+    return light.min_gru(update_keeps=True).fill(**{"candidate": "tanh"} | gates)
 
 
 def both(reset_after, update_keeps, gate, update_gate=None):
@@ -59,7 +56,7 @@ CELLS = {
     "gru before writes": gru(False, False).fill(),
     "lstm": lstm().fill(),
     "mgu": mgu().fill(),
-    "minGRU": without_recurrence().fill(),
+    "minGRU": without_recurrence(),
     "gru squared_sigmoid": both(False, False, "squared_sigmoid"),
     "gru squared_tanh": both(True, True, "squared_tanh", "sigmoid"),
     "gru hard_sigmoid": both(True, False, "hard_sigmoid"),
@@ -83,7 +80,7 @@ CELLS = {
     "lstm coupled learned noise": lstm().fill(input_gate=NOISE, forget_gate=COUPLED, output_gate=LEARNED),
     "mgu kaf": mgu().fill(gate="kaf"),
     "mgu two slots": mgu(shared=False).fill(reset_gate="hard_sigmoid", update_gate=LEARNED),
-    "minGRU kaf": without_recurrence().fill(update_gate="kaf"),
+    "minGRU kaf": without_recurrence(update_gate="kaf"),
     "gru fast_sigmoid": both(True, True, "fast_sigmoid"),
     "gru hard_sigmoid_sixth": both(False, False, "hard_sigmoid_sixth"),
     "gru forget_share": both(False, True, "forget_share", "sigmoid"),

@@ -5,12 +5,13 @@ __all__ = ['janet', 'multiplicative', 'ordered_neurons', 'log_sigmoid', 'slstm']
 
 # %% ../../nbs/17_zoo_cells.ipynb #f5925aac
 import sympy
-from sympy import Abs, Add, Max, Min, exp, log
+from sympy import Add, Max, Min, exp
 
 from ..cells import Cell, Slot, U, W
 from ..gates import Gate, sigmoid
 from ..symbols import (Candidate, EquationSymbol, GateValue, Parameter, PreActivation,
                              State, cumax, s)
+from .light import softplus
 
 # %% ../../nbs/17_zoo_cells.ipynb #6625543a
 def janet(
@@ -108,7 +109,7 @@ def log_sigmoid(
     a: sympy.Expr,    # any real number
 ) -> sympy.Expr:
     "The logarithm of a sigmoid, in a form whose exponential is never above 1."
-    return Min(a, 0) - log(1 + exp(-Abs(a)))
+    return -softplus(-a).doit()
 
 # %% ../../nbs/17_zoo_cells.ipynb #10a5622d
 def slstm(
