@@ -102,6 +102,9 @@ class Cell:
 
     def __deepcopy__(self, memo): return self    # a cell never changes, so copies share it
 
+    def __getstate__(self):                      # what engines keep beside it is made again
+        return {name: v for name, v in vars(self).items() if not name.startswith("_")}
+
 # %% ../nbs/05_cells.ipynb #922d5a1f
 @patch(as_prop=True)
 def phases(self: Cell) -> dict[sympy.Expr, tuple[str, ...]]:

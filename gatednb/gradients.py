@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .cells import Cell, CellPrinter, Phase, U, W
-from .engines.eager import parameter_symbols, recurrent_blocks, symbols_of
+from .engines.eager import parameter_rows, recurrent_blocks, symbols_of
 from .gates import absorb_signs, patch
 from .layers import RecurrentLayer
 from .symbols import (Candidate, EquationSymbol, GateValue, Parameter, StepInput, aligned,
@@ -251,7 +251,7 @@ def _traced(layer, input, hx, step_inputs):
     values[x] = linear(input, layer.weight_xh_l0) if layer.x_projection else input
     values |= {StepInput(name): v for name, v in (step_inputs or {}).items()}
     params = {name: layer.get_parameter(f"{name}_l0") for name in cell.params}
-    values |= zip(map(Parameter, symbols_of(cell, Parameter)), parameter_symbols(cell, params))
+    values |= zip(map(Parameter, symbols_of(cell, Parameter)), parameter_rows(cell, params))
     return _Numbers(values, input, _weights(layer), like=after)
 
 # %% ../nbs/06_gradients.ipynb #3f033cc2

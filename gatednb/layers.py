@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import cells
 from .cells import Cell
+from .engines import eager
 from .engines.eager import symbols_of
 from .gates import Gate, patch
 from .modules import RecurrentModule, casts, check_types, named_states
@@ -51,6 +52,7 @@ class RecurrentLayer(RecurrentModule):
         self.dropout, self.recurrent_dropout = float(dropout), float(recurrent_dropout)
         self.bidirectional = bidirectional
         self._masked_cell = self._run_cell.with_recurrent_mask() if recurrent_dropout else None
+        if recurrent_dropout: eager.loop_of(self._masked_cell)       # made here, for torch.compile
         names = symbols_of(cell, StepInput)
         self.step_inputs = [n + e for e in self._shown_endings() for n in names]
 

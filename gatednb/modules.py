@@ -52,6 +52,7 @@ class RecurrentModule(nn.Module):
         for ending, size in input_sizes.items():
             self._make_parameters(ending, size, device=device, dtype=dtype)
         self.reset_parameters()
+        eager.loop_of(self._run_cell)                           # made here, for torch.compile
         if backend != "eager": self._refusal(self._run_cell)    # makes the program
 
 # %% ../nbs/29aa_modules.ipynb #f553b680

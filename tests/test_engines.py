@@ -3,6 +3,7 @@ import collections
 import dataclasses
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -431,12 +432,24 @@ def test_nan_and_inf(cell, bad, dtype):
 # PyTorch's machinery
 
 @layers
-def test_compiled_as_one_graph(kind, options):
-    layer, _ = pair(kind, 4, 3, **options)
+@pytest.mark.parametrize("engine", ["numba", "eager"])
+def test_compiled_as_one_graph(kind, options, engine):
+    layer = pair(kind, 4, 3, **options)[engine == "eager"]
+    torch._dynamo.reset()                # so many layers of one class are too many for it
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     given = random(6, 5, 4).requires_grad_()
     found = {name.replace("_orig_mod.", ""): v for name, v in results(compiled, given).items()}
     assert_same(found, results(layer, given))
+
+
+@layers
+def test_pickled(kind, options):
+    "Before a layer has run and after it."
+    for layer in pair(kind, 4, 3, **options):
+        given = random(6, 5, 4).requires_grad_()
+        before = pickle.loads(pickle.dumps(layer))
+        expected = results(layer, given)
+        for copy in (before, pickle.loads(pickle.dumps(layer))): assert_same(results(copy, given), expected)
 
 
 def operator_arguments(cell, keep, lengths, requires_grad=True):
