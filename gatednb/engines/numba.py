@@ -240,7 +240,8 @@ def _needs_gradient(given):
 
 def _run_sorted(given, lengths, key, keep):
     "Run the operator, with the longest sequences first if they have lengths."
-    if lengths is None: return _call(recurrent, _with_gradient, *given, None, key, keep)[:2]
+    if lengths is None or _descends(lengths):
+        return _call(recurrent, _with_gradient, *given, lengths, key, keep)[:2]
     order = torch.argsort(lengths, descending=True, stable=True)
     back = torch.argsort(order)
     input, states, weights, params, inputs = given
@@ -248,3 +249,7 @@ def _run_sorted(given, lengths, key, keep):
     given = input[:, order], states, weights, params, inputs
     output, final, *_ = _call(recurrent, _with_gradient, *given, lengths[order], key, keep)
     return output[:, back], final[:, back]
+
+def _descends(lengths):
+    "Whether the longest come first already; while it is compiled, nobody knows."
+    return not torch.compiler.is_compiling() and bool((lengths[1:] <= lengths[:-1]).all())
