@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env export site picture book test clean
+.PHONY: help env export site picture book test bench clean
 
 help:           ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -40,6 +40,9 @@ book: export    ## export, run what changed, build the site; says where to open 
 
 test: site      ## everything that must hold; leaves the working tree as it is
 	@python -m pytest
+
+bench: env      ## measure time and memory beside PyTorch and other libraries; writes benchmarks/cpu.json
+	@gatednb bench
 
 clean:          ## remove what was built (but not .venv)
 	rm -rf _build build dist *.egg-info .pytest_cache .hypothesis

@@ -8,7 +8,7 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("book", "experiments", "cluster", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("book", "experiments", "cluster", "bench", "dev")}
 extras["dev"] = sorted({r for group in extras.values() for r in group})    # whoever develops runs all of it
 
 setup(

@@ -440,7 +440,7 @@ def colab_notebook(
     root = root or repository_root()
     page = path.relative_to(root).with_suffix("").as_posix()
     known, source = settings(), nbformat.read(path, as_version=4)
-    reads_results = re.search(r"\b(load_results|reported)\(", code_of(source))
+    reads_results = re.search(r"\b(load_results|reported|recorded)\(", code_of(source))
     install = (INSTALL + RESULTS * bool(reads_results)).format(package=known["lib_name"], address=known["git_url"])
     cells = [nbformat.v4.new_code_cell(install, id="install")]
     for cell in source.cells:
