@@ -403,6 +403,24 @@ def test_going_back_twice(cell, recompute):
     assert_close(*gradients, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("cell", [c for c in CELLS.values() if numba.programs[numba.program_key(c)].inputs],
+                         ids=[name for name, c in CELLS.items() if numba.programs[numba.program_key(c)].inputs])
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_that_nobody_wants_change_no_other(cell, lengths, recompute):
+    "Each further input in turn, and the layer's own, as a tensor without a gradient."
+    case = make(cell, 6, 5, 4, 3, lengths=lengths)
+    names = ["input", *numba.programs[numba.program_key(cell)].inputs]
+    found = {}
+    for without in (None, *names):
+        for name, v in case.tensors.items(): v.grad = None; v.requires_grad_(name != without)
+        case.run(numba.run, recompute=recompute)["output"].square().sum().backward()
+        found[without] = {name: v.grad for name, v in case.tensors.items() if v.grad is not None}
+    for without in names:
+        assert without not in found[without]
+        assert_close(found[without], {n: v for n, v in found[None].items() if n != without}, rtol=0, atol=0)
+
+
 @few_cells
 def test_arguments_are_left_alone(cell):
     case = make(cell, 6, 5, 4, 3, lengths=True)
@@ -471,7 +489,8 @@ def test_operators_keep_their_promises(cell, lengths, keep):
     torch.library.opcheck(recurrent, (*given[:-1], 0))
     with torch.no_grad(): output, final, *kept = recurrent(*given)
     for *gradients, by_input in ((output, final, True), (output, None, False), (None, final, True)):
-        torch.library.opcheck(recurrent_backward, (*gradients, *given[:-2], output, *kept, *given[-2:], by_input))
+        wanted = [by_input] * (1 + len(given[4]))
+        torch.library.opcheck(recurrent_backward, (*gradients, *given[:-2], output, *kept, *given[-2:], wanted))
 
 
 @layers

@@ -155,16 +155,18 @@ def _add_states(call, histories):
         yield history
 
 # %% ../../nbs/28_calls.ipynb #84813dfb
-def _backward(group, given, saved, lengths, key, keep, input_gradient):
+def _backward(group, given, saved, lengths, key, keep, wanted):
     "A plan; when it has been run, the gradients by all that was given, in one list."
     g_output, g_final, output, pre, memory, rows = saved
-    call = _Call(group, given, lengths, key, keep, rows, True, input_gradient)
+    call = _Call(group, given, lengths, key, keep, rows, True, wanted[0])
     p, plan, H = call.p, call.plan, call.H
     if keep == 2: plan.sequence("pre", pre)
     _add_scratch(call)
     like = call.zeros if lengths is not None else call.new
-    g_inputs = [like(*v.shape) for v in call.inputs]
-    for a, g in zip(p.inputs, g_inputs): plan.sequence(f"g_{a}", g)
+    g_inputs = [like(*v.shape) if w else call.new(0) for v, w in zip(call.inputs, wanted[1:])]
+    for a, g in zip(p.inputs, g_inputs):
+        if len(g): plan.sequence(f"g_{a}", g)
+        else: plan.rows(f"g_{a}", call.new(call.B, H))    # written at each step, never read
     g_states = [call.zeros(*a.shape) for a in call.states] if g_final is None \
         else [g.clone() for g in g_final]
     for a, start, history, g in zip(p.states, call.states, [output, *memory], g_states):
@@ -172,8 +174,8 @@ def _backward(group, given, saved, lengths, key, keep, input_gradient):
         plan.rows(f"g_{a}", g)
     if g_output is None: plan.rows("g_out", call.zeros(1, H).expand(call.B, H))
     else: plan.sequence("g_out", rows_dense(g_output))
-    g_input = like(*call.input.shape) if input_gradient else call.new(0)
-    if input_gradient: plan.sequence("g_input", g_input)
+    g_input = like(*call.input.shape) if wanted[0] else call.new(0)
+    if wanted[0]: plan.sequence("g_input", g_input)
     sums = [plan.own(call.zeros, [shape]) for shape in _shapes_of_sums(call)]
     yield plan
     plan.tensors.clear()          # room for the sums over threads
@@ -313,12 +315,15 @@ def forward(input, states, weights, params, inputs, lengths, key, keep):
 
 # %% ../../nbs/28_calls.ipynb #af10a1a3
 def backward(g_output, g_final, input, states, weights, params, inputs, lengths,
-             output, pre, memory, rows, key, keep, input_gradient):
-    "The gradients by input, states, weights, parameters and further inputs, in one list."
+             output, pre, memory, rows, key, keep, wanted):
+    """The gradients by input, states, weights, parameters and further inputs, in one list.
+
+    `wanted` says of the input and of each further input whether it gets one; else it is empty.
+    """
     if not keep or keep == 2 and pre.shape[-3] != input.shape[-3]:
         raise RuntimeError(f"keep is {keep}, but nothing was kept for the gradient; expected "
                            "the results of a forward call with keep=1 or keep=2")
     def start(group, replica, given, saved):
-        return _backward(group, given, saved, lengths, key, keep, input_gradient)
+        return _backward(group, given, saved, lengths, key, keep, wanted)
     given = [input, states, weights, params, inputs]
     return _run_replicas(start, [given, [g_output, g_final, output, pre, memory, rows]])

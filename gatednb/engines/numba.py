@@ -31,7 +31,7 @@ _library.define(f"recurrent({_given} str program, int keep) -> "
                 "(Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     f"recurrent_backward(Tensor? g_output, Tensor? g_final, {_given} Tensor output, Tensor pre, "
-    "Tensor memory, Tensor rows, str program, int keep, bool input_gradient) -> Tensor[]")
+    "Tensor memory, Tensor rows, str program, int keep, bool[] wanted) -> Tensor[]")
 recurrent = getattr(torch.ops, _namespace).recurrent.default
 recurrent_backward = getattr(torch.ops, _namespace).recurrent_backward.default
 _library.impl("recurrent", forward, "CPU")
@@ -57,11 +57,10 @@ def _(input, states, weights, params, inputs, lengths, program, keep):
 
 @torch.library.register_fake(f"{_namespace}::recurrent_backward", lib=_library)
 def _(g_output, g_final, input, states, weights, params, inputs, lengths, output, pre, memory,
-      rows, program, keep, input_gradient):
-    found = [input, *states, *weights, *params, *inputs]
-    empty = (*input.shape[:-3], 0)
-    return [input.new_empty(v.shape if i or input_gradient else empty)
-            for i, v in enumerate(found)]
+      rows, program, keep, wanted):
+    empty = input.new_empty((*input.shape[:-3], 0))
+    of_input, *of_inputs = (v if w else empty for v, w in zip([input, *inputs], wanted))
+    return list(map(torch.empty_like, [of_input, *states, *weights, *params, *of_inputs]))
 
 # %% ../../nbs/29_numba.ipynb #99ad0439
 def _special(v):
@@ -103,9 +102,11 @@ class _Recurrent(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradients = _eager_gradients(ctx, g_output, g_final, tensors, needed)
         else:
+            first = 1 + sum(ctx.counts[:3])               # of the further inputs
+            wanted = [needed[0], *needed[first:first + ctx.counts[3]]]
             gradients = _call(recurrent_backward, backward, g_output, g_final,
                               *_lists(tensors, ctx.counts), output, pre, memory, rows,
-                              ctx.program, ctx.keep, needed[0])
+                              ctx.program, ctx.keep, wanted)
             gradients = [g if n else None for g, n in zip(gradients, needed)]
         return None, None, None, *gradients, *[None] * (len(needed) - len(gradients))
 
