@@ -106,15 +106,17 @@ _fit = {    # option → its type, the least value, whether None is allowed
     "iterations": (int, 1, False), "validate_every": (int, 1, False),
     "patience": (int, 1, True), "warmup": (int, 0, False), "weight_decay": (float, 0, False),
     "clip_norm": (float, tiny, True), "learning_rate": (float, tiny, False),
+    "enough": (float, -math.inf, True),
 }
 
 def _check(name, value, kind, least, optional):
     "Raise an error that names the option unless its value is fit."
     if optional and value is None: return
     fits = isinstance(value, (int, float) if kind is float else int)
-    if not fits or isinstance(value, bool) or not least <= value < math.inf:
+    if not fits or isinstance(value, bool) or not least <= value < math.inf or value == -math.inf:
         wanted = "an int" if kind is int else "a number"
-        raise ValueError(f"{name} is {value!r}; expected {wanted} of at least {least}"
+        bound = "" if least == -math.inf else f" of at least {least}"
+        raise ValueError(f"{name} is {value!r}; expected {wanted}{bound}"
                          f"{' or None' if optional else ''}")
 
 # %% ../nbs/31_training.ipynb #141aba65
@@ -131,6 +133,7 @@ class Options:
     warmup: int = 0                    # iterations over which the rate rises from 0
     clip_norm: float | None = 1.       # largest norm of all gradients of a network
     precision: str = "32-true"         # one of `precisions`
+    enough: float | None = None        # score with which it stops: nothing is left to gain
 
     def __post_init__(self):
         chosen(self.optimizer, optimizers, "optimizer")
@@ -282,9 +285,10 @@ def step(self: Run):
 def evaluate(self: Run,
     inputs: Tensor,     # (N, …), the same for all replicas
     targets: Tensor,    # (N, …)
-    size: int = 500,    # examples at once
+    size: int = 500,    # examples at once, fewer if they are long
 ) -> tuple[Tensor, Tensor]:    # mean loss and mean score, (replicas,)
     "How good the present networks are; all processes get what the first one found."
+    size = max(1, min(size, 2**20 // inputs[0].numel()))
     sums = torch.zeros(2, len(self.seeds), dtype=torch.float64)
     self.replicas.eval()
     for x, y in zip(inputs.split(size), targets.split(size)):
@@ -310,6 +314,7 @@ def validate(self: Run):
     self.best_score[better], self.best_iteration[better] = score[better], self.iteration
     state = _state(self.replicas.stacked)
     for name, value in state.items(): self.best[name][better] = value.detach()[better]
+    if self.options.enough is not None: self.active &= self.best_score < self.options.enough
     if self.options.patience is not None:
         self.active &= self.iteration - self.best_iteration < self.options.patience
 

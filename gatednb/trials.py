@@ -56,6 +56,7 @@ class Experiment:
     variants: tuple[str, ...]                   # names that `network` knows, besides gates
     budgets: dict[str, Budget]                  # "quick", "full", …
     score: str = "accuracy"                     # what the task's score is
+    further: Callable | None = None             # of (network, inputs, targets): more metrics
 
 # %% ../nbs/32_trials.ipynb #b305b2bc
 experiments = {}    # name → experiment
@@ -311,7 +312,9 @@ def look(
     final: bool = False,   # whether training is over
 ):
     "Note in `run.notes` what gates do; first and last also histograms and gradients."
-    inputs, targets = (v[:examples] for v in run.valid)
+    inputs, targets = run.valid
+    examples = max(1, min(examples, 2**17 // inputs[0].numel()))       # fewer if they are long
+    inputs, targets = inputs[:examples], targets[:examples]
     if inputs.is_floating_point(): inputs = inputs.to(next(run.replicas.parameters()).dtype)
     whole = final or not run.iteration
     notes = run.notes.setdefault("seeds", [{"gates": {"iteration": []}} for _ in run.seeds])
@@ -343,7 +346,8 @@ def outcome(
     metrics: dict,     # of `run.finish()`
 ) -> dict:             # the result, but for its provenance
     "All that is kept of a trial."
-    score, diverged = find_experiment(trial.experiment).score, run.diverged[replica].item()
+    experiment, diverged = find_experiment(trial.experiment), run.diverged[replica].item()
+    score = experiment.score
     network, last = run.replicas.network(replica), int(run.stopped[replica])
     known = lambda value: None if diverged else value
     return {
@@ -361,6 +365,8 @@ def outcome(
         "seconds": run.seconds | {"replicas": len(run.seeds)},
         "curves": thinned(_curves_of(run, replica, last)), **run.notes["seeds"][replica],
         "learned": _learned(recurrent_layer(network)),
+        **({"further": experiment.further(network.eval(), *run.valid)}
+           if experiment.further and not diverged else {}),
     }
 
 # %% ../nbs/32_trials.ipynb #e56efa8e
