@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from . import cells
-from .cells import Cell, W
+from .cells import Cell, U, W
 from .engines.eager import recurrent_blocks
 from .gates import Gate, register, sigmoid
 from .modules import RecurrentModule
-from .symbols import Candidate, GateValue, PreActivation, s
+from .symbols import AcrossUnits, Candidate, GateValue, Parameter, PreActivation, s
 
 # %% ../nbs/13_family.ipynb #a2cf2af7
 def refinement(
@@ -44,6 +44,21 @@ def shares(
                      "keeps; expected one, as in a GRU, LSTM or MGU")
 
 # %% ../nbs/13_family.ipynb #14e416c3
+def _crossing(gate, value, **others):
+    "Where a gate crosses a value, nearest to 0; NaN where it does so nowhere."
+    below = lambda at: gate(at, **others) < value
+    at = torch.linspace(-40, 40, 161, dtype=torch.float64).view(-1, *[1] * value.dim())
+    crosses = below(at[:-1]) != below(at[1:])
+    distance, place = torch.where(crosses, (at[:-1] + at[1:]).abs(), math.inf).min(0)
+    low, high = (ends.flatten()[place] for ends in (at[:-1], at[1:]))
+    left = below(low)
+    for _ in range(64):
+        middle = (low + high) / 2
+        right = below(middle) == left             # the value lies to the right of the middle
+        low, high = torch.where(right, middle, low), torch.where(right, high, middle)
+    return torch.where(distance < math.inf, low, math.nan)
+
+# %% ../nbs/13_family.ipynb #cbb68a88
 def pre_activation(
     gate: Gate,            # its other inputs are taken as 0
     value: torch.Tensor,   # wanted of the gate, any shape
@@ -52,19 +67,49 @@ def pre_activation(
     "A pre-activation at which a gate has a value; a `ValueError` where it has it nowhere."
     value = torch.as_tensor(value, dtype=torch.float64)
     others = {a.name: torch.zeros_like(value) for a in gate.inputs if a != s} | params
-    below = lambda at: gate(at, **others) < value
-    low, high = torch.full_like(value, -40), torch.full_like(value, 40)
-    falls = below(high)                           # so it is above at the other end
-    if (below(low) == falls).any():
+    found = _crossing(gate, value, **others)
+    if found.isnan().any():
         raise ValueError(f"value lies between {value.min():.3g} and {value.max():.3g}; gate "
                          f"{gate.name!r} does not take all of these between s = -40 and 40")
-    for _ in range(64):
-        middle = (low + high) / 2
-        right = below(middle) != falls            # the value lies to the right of the middle
-        low, high = torch.where(right, middle, low), torch.where(right, high, middle)
-    return low
+    return found
 
 # %% ../nbs/13_family.ipynb #392c178a
+def _at_rest(cell, expr):
+    "An expression without input and state: in pre-activations and parameters."
+    computed = {a: e for a, e in cell.equations.items()
+                if not isinstance(a, PreActivation) or e.atoms(PreActivation) and not e.has(W)}
+    while expr.free_symbols & computed.keys(): expr = expr.xreplace(computed)
+    left = expr.atoms(PreActivation, Parameter)
+    return expr.xreplace(dict.fromkeys(expr.free_symbols - left, sympy.S.Zero))
+
+def _deciding(cell, share):
+    "Pre-activation that a share at rest depends on → further ones of the same gate."
+    found = sorted(_at_rest(cell, share).atoms(PreActivation), key=str)
+    more = {a: [b for b in found if b.name.startswith(f"{a.name}_")] for a in found}
+    return {a: more[a] for a in found if not any(a in further for further in more.values())}
+
+# %% ../nbs/13_family.ipynb #76db675d
+def _solved(layer, cell, ending, share, wanted):
+    "Pre-activation → its values with which a share at rest is as wanted."
+    at_rest, deciding = _at_rest(cell, share), _deciding(cell, share)
+    on = [*map(str, deciding), *["all units together"] * at_rest.has(AcrossUnits)]
+    problem = (f"cell {cell.name!r} cannot start with a given share {share}: without input and "
+               "state ")
+    if len(on) != 1 or not deciding:
+        raise ValueError(f"{problem}it depends on {' and '.join(on) or 'no pre-activation'}; "
+                         "expected one pre-activation, as in a GRU, LSTM or MGU")
+    (first, further), = deciding.items()
+    params = {name: (shape, 0.) for name, (shape, _) in cell.params.items()}
+    values = {name: getattr(layer, name + ending).detach().double().cpu() for name in params}
+    for sign in 0, -1:
+        factors = {first: 1} | dict.fromkeys(further, sign)
+        gate = Gate("share", at_rest.xreplace({a: k * s for a, k in factors.items()}), params)
+        found = _crossing(gate, wanted, **values)
+        if not found.isnan().any(): return {a: k * found for a, k in factors.items()}
+    raise ValueError(f"{problem}it does not take all values between {wanted.min():.3g} and "
+                     f"{wanted.max():.3g}, whatever {first} is")
+
+# %% ../nbs/13_family.ipynb #a3eb2124
 def _cell_of(layer):
     "The filled cell that a layer runs, ours or PyTorch's."
     if isinstance(layer, RecurrentModule): return layer.cell
@@ -73,30 +118,29 @@ def _cell_of(layer):
     raise TypeError(f"layer is of type {type(layer).__name__}; "
                     "expected a layer of gatednb, or an LSTM or GRU of torch.nn")
 
-def _set_bias(layer, cell, ending, symbol, value):
-    "Let both biases of a pre-activation add up to a value; normalised ones have their own."
-    if f"{symbol.name}_bias" in cell.params:
-        getattr(layer, f"{symbol.name}_bias{ending}").copy_(value)
-        return
-    block, = {p.block for p in cell.equations[symbol].atoms(W)}
-    for name, blocks in ("bias_ih", cell.blocks), ("bias_hh", recurrent_blocks(cell)):
-        if block in blocks:
-            rows = getattr(layer, name + ending).view(len(blocks), -1)
-            rows[blocks.index(block)] = value if name == "bias_ih" else 0.
+def _place(layer, cell, ending, a):
+    "Where a layer has a parameter, or the bias of a product."
+    if isinstance(a, Parameter): return getattr(layer, a.name + ending)
+    kind, blocks = "bias_ih", cell.blocks
+    if isinstance(a, U): kind, blocks = "bias_hh", recurrent_blocks(cell)
+    return getattr(layer, kind + ending).view(len(blocks), -1)[blocks.index(a.block)]
 
-def _set_share(layer, cell, ending, share, wanted):
-    "Set biases so that a share of the cell, kept or written, has the values wanted."
-    value, = share.free_symbols                       # of a gate
-    slot, symbol = cell.template[value].args
-    gate = cell.gates[slot.name]
-    if s not in gate.inputs: return                   # a coupled gate follows another one
-    params = {name: getattr(layer, f"{slot.name}_{name}{ending}") for name in gate.params}
-    at_zero, slope = (float(share.subs(value, k)) for k in (0, 1))
-    gate_value = (wanted - at_zero) / (slope - at_zero)        # the share is linear in the gate
-    _set_bias(layer, cell, ending, symbol, pre_activation(gate, gate_value, **params))
-    for a in gate.inputs:
-        further = PreActivation(f"{symbol.name}_{a.name}")
-        if further in cell.equations: _set_bias(layer, cell, ending, further, 0.)
+def _biases(layer, cell, ending, symbol, value):
+    "All biases of a pre-activation, and numbers for them with which it is `value` at rest."
+    seen_before = {a: e for a in cell.states if type(e := cell.equations[a.next]) is W}
+    total = sympy.expand(cell.equations[symbol].xreplace(cell.equations | seen_before))
+    terms = {a for e in total.atoms(sympy.Add) for a in e.args}
+    params = sorted((a for a in terms if isinstance(a, Parameter)), key=str)
+    products = sorted(total.atoms(W), key=lambda p: (type(p) is U, cell.blocks.index(p.block)))
+    biases = params + products if layer.bias else params
+    outer = [a for a in biases if a in sympy.Add.make_args(total)]
+    zero = dict.fromkeys([*params, *(p for p in products if type(p) is W)], sympy.S.Zero)
+    rest = _at_rest(cell, total.xreplace(zero)).replace(U, lambda block, factor: factor)
+    if not outer or not rest.is_number:
+        raise ValueError(f"layer has no bias that sets {symbol} of cell {cell.name!r}; "
+                         "expected one, as bias=True or layer_norm=True gives")
+    for a in biases:
+        yield _place(layer, cell, ending, a), value - float(rest) if a == outer[0] else 0.
 
 # %% ../nbs/13_family.ipynb #f562cf7e
 @torch.no_grad()
@@ -104,14 +148,17 @@ def _initialise(layer, kept_of, writes, generator):
     "Set the shares that are kept to `kept_of` uniform numbers, and those written to the rest."
     cell = _cell_of(layer)
     kept, written = shares(cell)
-    endings = [name.removeprefix("bias_ih") for name, _ in layer.named_parameters()
-               if name.startswith("bias_ih")]
-    if not endings: raise ValueError("layer has no biases to set; expected one with bias=True")
+    endings = dict.fromkeys(name.partition("_ih")[2] for name, _ in layer.named_parameters()
+                            if name.startswith(("weight_ih", "bias_ih")))
+    own = written is not None and _deciding(cell, written).keys() - _deciding(cell, kept).keys()
+    changes = []
     for ending in endings:
         share = kept_of(torch.rand(layer.hidden_size, dtype=torch.float64, generator=generator))
-        _set_share(layer, cell, ending, kept, share)
-        if writes and written is not None and written.free_symbols != kept.free_symbols:
-            _set_share(layer, cell, ending, written, 1 - share)
+        found = _solved(layer, cell, ending, kept, share)
+        if writes and own: found |= _solved(layer, cell, ending, written, 1 - share)
+        for symbol, value in found.items():
+            changes += _biases(layer, cell, ending, symbol, value)
+    for place, value in changes: place[:] = value       # once it is known that all can be set
     return layer
 
 # %% ../nbs/13_family.ipynb #d449ac48

@@ -100,8 +100,12 @@ class AcrossUnits(sympy.Function):
                          "function of one unit, which has a derivative by its own symbols")
 
 class normalised(AcrossUnits):
-    "A value with mean 0 and variance 1 over the hidden units (Ba et al. 2016)."
+    "A value with mean 0 and variance 1 over the hidden units (Ba et al. 2016); 0 of zeros."
     def on_tensor(v): return torch.nn.functional.layer_norm(v, v.shape[-1:])
+
+    @classmethod
+    def eval(cls, v):
+        if v.is_zero: return v
 
 class cumax(AcrossUnits):
     "The sums of a softmax up to each hidden unit, which rise to 1 (Shen et al. 2019)."

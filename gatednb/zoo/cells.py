@@ -22,7 +22,7 @@ def janet(
     Source: van der Westhuizen and Lasenby 2018, section 3; β = 0 is its equation 2. Another
     gate g in the forget slot wants 1 - g(s - β) in the input slot.
     """
-    c, f, i = State("c"), GateValue("f"), GateValue("i")
+    c, f, i, g = State("c"), GateValue("f"), GateValue("i"), Candidate("g")
     s_f, s_g = PreActivation("s_f"), PreActivation("s_g")
     forget_gate = Slot("forget_gate", "sigmoid", carries=True)
     input_gate = Slot("input_gate", Gate("shifted_complement", sigmoid(beta - s)))
@@ -32,7 +32,8 @@ def janet(
         s_g: W("g") + U("g", c),
         f: forget_gate(s_f),
         i: input_gate(s_f),
-        c.next: f * c + i * candidate(s_g),    # not by name: `chrono_` would set i's bias
+        g: candidate(s_g),
+        c.next: f * c + i * g,
     }, [forget_gate, input_gate, candidate])
 
 # %% ../../nbs/17_zoo_cells.ipynb #e6ebf0e5
