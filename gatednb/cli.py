@@ -93,7 +93,7 @@ run_options = [
     click.option("--seeds", callback=_seeds, metavar="N",
                  help="How many (10) or which (0-4,7). Default: as the budget says."),
     click.option("--budget", default="full", show_default=True, metavar="NAME",
-                 help="What a trial may spend: see gatednb list."),
+                 help="What a trial may spend: see gatednb list. Several: NAME,NAME."),
     click.option("--set", "options", callback=_options, multiple=True, metavar="NAME=VALUE",
                  help="Another option of training; the budget's name then gets a +."),
     click.option("--device", default="cpu", show_default=True,
@@ -138,8 +138,11 @@ def run(experiment, gates, seeds, budget, options, device, jobs, replicas, resul
     if ray and engine != "ray":
         given = ", ".join(f"--{name}" for name in ray)
         raise click.UsageError(f"--engine is {engine}; expected ray, which {given} is for")
-    trials = make_trials(experiment, gates, seeds, budget, **options)
-    groups = grouped(trials, replicas or find_experiment(experiment).budgets[budget].replicas)
+    groups = []
+    for name in budget.split(","):
+        trials = make_trials(experiment, gates, seeds, name, **options)
+        usual = find_experiment(experiment).budgets[name].replicas
+        groups += grouped(trials, replicas or usual)
     try:
         if engine == "local": problems = run_local(groups, results, device, jobs)
         else:
@@ -148,7 +151,8 @@ def run(experiment, gates, seeds, budget, options, device, jobs, replicas, resul
     except KeyboardInterrupt:
         click.echo("Stopped. The same command goes on from here.", err=True)
         sys.exit(130)
-    click.echo(table(experiment, groups[0][0].budget, results))
+    for label in dict.fromkeys(group[0].budget for group in groups):
+        click.echo(table(experiment, label, results))
     if problems:
         click.echo("Not finished:\n" + textwrap.indent("\n".join(problems), "    "), err=True)
         sys.exit(1)

@@ -170,7 +170,7 @@ def gate_table(
     "What a gate did at the looks during training, or at the last one."
     def read(result):
         gates = result["gates"]
-        chosen(gate, [name for name in gates if name not in ("iteration", "kept")], "gate")
+        chosen(gate, [name for name in gates if name not in ("iteration", "kept", "largest")], "gate")
         return gates["iteration"][looks], gates[gate][statistic][looks]
     return table_of(results_by_name, read)
 

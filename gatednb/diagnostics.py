@@ -74,7 +74,7 @@ def kept_share(
 def gate_snapshot(
     network: nn.Module,    # with one recurrent layer, in the mode that is meant (`eval`)
     inputs: Tensor,        # of the network
-) -> dict:                 # gate → statistics and histogram; "kept" → quantiles over units
+) -> dict:    # gate → statistics and histogram; "kept" → quantiles over units; "largest" → state → |·|
     "What each gate does on some inputs; a `ValueError` if its values are not finite."
     layer = recurrent_layer(network)
     with watched(layer) as seen: network(inputs)
@@ -85,6 +85,7 @@ def gate_snapshot(
              for name, values in gates.items()}
     kept = kept_share(layer.cell, gates).flatten(0, -2).mean(0).double()      # of each unit
     found["kept"] = kept.quantile(kept.new_tensor([.1, .5, .9])).tolist()
+    found["largest"] = {a.name: trace[a.next.name].abs().max().item() for a in layer.cell.states}
     return found
 
 # %% ../nbs/31b_diagnostics.ipynb #bc2aa2c0
