@@ -435,6 +435,7 @@ def recorded() -> dict:    # without rows if there is none
 # %% ../nbs/29e_benchmark.ipynb #81421f13
 def _key(row): return json.dumps([row[k] for k in ("suite", "size", "names", "allocator", "process", "seconds")])
 
+# %% ../nbs/29e_benchmark.ipynb #31cd7d0f
 def bench(
     path: Path | None,                   # of the file; None: nothing is written
     names: Iterable[str] = tuple(suites),

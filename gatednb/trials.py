@@ -69,7 +69,7 @@ def register_experiment(
     return experiment
 
 # %% ../nbs/32_trials.ipynb #420c644a
-modules = ["gatednb.sequential_mnist"]    # where the book's experiments are defined
+modules = ["gatednb.sequential_mnist", "gatednb.addition", "gatednb.counting"]    # where the book's experiments are defined
 
 def known_experiments() -> dict[str, Experiment]:    # by name
     "The book's experiments, and those of the modules that `GATEDNB_EXPERIMENTS` names."
@@ -365,7 +365,7 @@ def outcome(
         "seconds": run.seconds | {"replicas": len(run.seeds)},
         "curves": thinned(_curves_of(run, replica, last)), **run.notes["seeds"][replica],
         "learned": _learned(recurrent_layer(network)),
-        **({"further": experiment.further(network.eval(), *run.valid)}
+        **({"further": experiment.further(network.eval(), *run.test)}
            if experiment.further and not diverged else {}),
     }
 
