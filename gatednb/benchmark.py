@@ -489,6 +489,7 @@ def milliseconds(
         found[size] = statistics.median(times) if times else math.nan
     return found
 
+# %% ../nbs/29e_benchmark.ipynb #7f7a3c8c
 def ratios(
     record: dict,              # a benchmark
     suite: str,
@@ -516,6 +517,7 @@ def peaks(
     return {size: next((v for v in values if isinstance(v, int)), math.nan)
             for size, values in found.items()}
 
+# %% ../nbs/29e_benchmark.ipynb #415f1086
 def missing(
     record: dict,    # a benchmark
 ) -> dict[str, str]: # contestant → reason
