@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['contestants', 'plain', 'squared', 'now', 'before', 'looking', 'sizes', 'main', 'peers', 'ours', 'loops', 'stretched',
-           'suites', 'allocators', 'Size', 'Passes', 'torch_passes', 'Contestant', 'takes_part', 'module_takes_part',
-           'gated_gru', 'refined', 'of_cell', 'CompiledStep', 'Missing', 'start', 'race', 'peak_memory',
-           'multiplications', 'best_rate', 'Suite', 'measured', 'jobs', 'load', 'benchmark_file', 'recorded', 'bench',
-           'as_json', 'rows_of', 'milliseconds', 'ratios', 'peaks', 'missing', 'table']
+           'suites', 'allocators', 'Size', 'Passes', 'torch_passes', 'Contestant', 'module_takes_part', 'gated_gru',
+           'refined', 'of_cell', 'CompiledStep', 'Missing', 'start', 'race', 'peak_memory', 'multiplications',
+           'best_rate', 'Suite', 'measured', 'jobs', 'load', 'benchmark_file', 'recorded', 'bench', 'as_json',
+           'rows_of', 'milliseconds', 'ratios', 'peaks', 'missing', 'shown', 'table']
 
 # %% ../nbs/29e_benchmark.ipynb #bb4a24fc
 import ctypes
@@ -17,6 +17,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -29,7 +30,8 @@ from torch import nn
 
 from . import (GRU, KAFGRU, LSTM, MGU, GRUCell, RecurrentLayer, RefinedGRU, RefinedLSTM,
                      SSTGRU, catalogue, find_gate)
-from .symbols import State, x
+from .engines.eager import symbols_of
+from .symbols import Input, State
 from .zoo.gates import peephole
 from .zoo.light import min_gru, sru
 
@@ -77,24 +79,17 @@ class Contestant:
 
 contestants: dict[str, Contestant] = {}    # name → contestant
 
-def takes_part(
-    name: str,
-    beside: str,
-    package: str | None = None,
-    longest: float = math.inf,
-):                               # decorator of a function of a `Size`, which makes `Passes`
-    "Let a layer take part."
-    def enter(make):
-        contestants[name] = Contestant(make, beside, package, longest)
-        return make
-    return enter
-
 # %% ../nbs/29e_benchmark.ipynb #8579c2ef
-def module_takes_part(name, beside, make, **options):    # make: of features and units, a module
-    "Let a module of PyTorch's kind take part."
-    batch_first = options.pop("batch_first", False)
+def module_takes_part(
+    name: str,
+    beside: str,                  # the contestant that its time is divided by
+    make: Callable,               # of features and units, a module of PyTorch's kind
+    batch_first: bool = False,    # whether it reads (batch, time, features)
+    **options,                    # of a `Contestant`
+):
+    "Let a module take part."
     def passes(size): return torch_passes(make(size.features, size.hidden), size, batch_first)
-    takes_part(name, beside, **options)(passes)
+    contestants[name] = Contestant(passes, beside, **options)
 
 module_takes_part("nn.GRU", "nn.GRU", nn.GRU)
 module_takes_part("nn.LSTM", "nn.LSTM", nn.LSTM)
@@ -133,11 +128,9 @@ module_takes_part("RefinedLSTM", "nn.LSTM", refined(RefinedLSTM))
 def of_cell(cell):
     "A function that makes layers of a cell."
     def make(features, hidden):
-        return RecurrentLayer(cell, features, hidden,
-                              x_projection=features != hidden and x in _symbols(cell))
+        uses_x = bool(symbols_of(cell, Input))
+        return RecurrentLayer(cell, features, hidden, x_projection=uses_x and features != hidden)
     return make
-
-def _symbols(cell): return {a for e in cell.equations.values() for a in e.free_symbols}
 
 now, before = State("c").next, State("c")
 looking = {"input_gate": peephole(before), "forget_gate": peephole(before),
@@ -150,7 +143,7 @@ module_takes_part("SRU", "nn.GRU", of_cell(sru().fill()))
 module_takes_part("loop GRU", "nn.GRU", functools.partial(GRU, backend="eager"))
 module_takes_part("loop GRU kaf", "nn.GRU", functools.partial(gated_gru, "kaf", backend="eager"))
 module_takes_part("loop LSTM", "nn.LSTM", functools.partial(LSTM, backend="eager"))
-module_takes_part("compiled loop GRU", "nn.GRU", longest=64, make=lambda *sizes: torch.compile(
+module_takes_part("compiled loop GRU", "nn.GRU", longest=32, make=lambda *sizes: torch.compile(
     GRU(*sizes, backend="eager"), fullgraph=True))
 
 class CompiledStep(nn.Module):
@@ -207,8 +200,8 @@ def _flax_passes(cell_name, size):
     return Passes(*(lambda run=run: jax.block_until_ready(run(weights, given))
                     for run in (forward, both)))
 
-takes_part("flax GRU", "GRU", "flax")(functools.partial(_flax_passes, "GRUCell"))
-takes_part("flax LSTM", "LSTM", "flax")(functools.partial(_flax_passes, "OptimizedLSTMCell"))
+for name, cell in ("GRU", "GRUCell"), ("LSTM", "OptimizedLSTMCell"):
+    contestants[f"flax {name}"] = Contestant(functools.partial(_flax_passes, cell), name, "flax")
 
 # %% ../nbs/29e_benchmark.ipynb #03519901
 class Missing(RuntimeError):
@@ -237,7 +230,7 @@ def start(
 def race(
     size: Size,
     names: Iterable[str],     # of contestants
-    seconds: float,           # to go on for, but each runs at least three times
+    seconds: float,           # to go on for, but for five rounds at least; 0: one round
     seed: int = 0,            # of weights, inputs and the order
 ) -> dict[str, dict | str]:   # name → pass → median milliseconds; or why it is missing
     "Time contestants in turn."
@@ -247,18 +240,23 @@ def race(
         try: passes = start(name, size)
         except Missing as why: found[name] = str(why)
         else: times |= {(name, kind): (run, []) for kind, run in passes._asdict().items()}
-    end = time.perf_counter() + seconds
-    while True:
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < (5 if seconds else 1) or time.perf_counter() < end:
         for run, taken in order.sample(list(times.values()), len(times)):
-            run()
-            for _ in range(3):
-                begin = time.perf_counter()
-                run()
-                taken.append(time.perf_counter() - begin)
-        if time.perf_counter() > end: break
+            if rounds < 5 or taken[0] < .1: _turn(run, taken)
+        rounds += 1
     for (name, kind), (_, taken) in times.items():
         found.setdefault(name, {})[kind] = float(f"{1e3 * statistics.median(taken):.4g}")
     return found
+
+def _turn(run, taken):
+    "Time a pass once if it is long, else three times in succession after one that is not counted."
+    is_long = taken and taken[0] > .1
+    if not is_long: run()
+    for _ in range(1 if is_long else 3):
+        begin = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - begin)
 
 # %% ../nbs/29e_benchmark.ipynb #76ce79e9
 def _held(key):
@@ -330,7 +328,7 @@ stretched = (*main, "MGU", "minGRU", "SRU", "compiled step GRU", "torchrecurrent
 # %% ../nbs/29e_benchmark.ipynb #38aa1cbb
 suites = {
     "layers": Suite("our layers, PyTorch's, loops and peers", sizes, (*main, *ours, *loops, *peers)),
-    "allocator": Suite("memory allocator as it is, and tuned", sizes, main[:4], ("default", "tuned")),
+    "allocator": Suite("memory allocator as it is, and tuned", sizes[::3], main[:4], ("default", "tuned")),
     "time": Suite("longer and longer sequences", tuple(Size(T, 8, 64, 64) for T in (32, 128, 512, 2048, 8192)),
                   stretched),
     "batch": Suite("more and more sequences", tuple(Size(64, B, 64, 64) for B in (1, 8, 64, 512)), stretched),
@@ -347,27 +345,31 @@ allocators = {"default": {}, "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THR
 
 # %% ../nbs/29e_benchmark.ipynb #0e4c91a6
 def _child():
-    "What a process does: measure, and print the answer."
+    "What a process does: measure, and write the answer."
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
+    if hasattr(os, "sched_setaffinity"):                   # who does not ask for threads takes all cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:job["threads"]])
     size = Size(*job["size"])
     if job["kind"] == "memory":
         try: found = peak_memory(job["names"][0], size)
         except Missing as why: found = str(why)
     else: found = race(size, job["names"], job["seconds"], job["process"])
-    print("\n" + json.dumps({"rate": round(best_rate(1.), 1), "found": found}))
+    Path(sys.argv[2]).write_text(json.dumps({"rate": round(best_rate(1.), 1), "found": found}))
 
 def measured(
     job: dict,    # of `jobs`
 ) -> dict:        # what the process found
     "Measure in a process of its own; a `RuntimeError` says what it said when it failed."
     program = "from gatednb.benchmark import _child; _child()"
-    done = subprocess.run([sys.executable, "-c", program, json.dumps(job)], text=True,
-                          capture_output=True, env=os.environ | allocators[job["allocator"]])
-    if done.returncode:
-        raise RuntimeError(f"benchmark of {job['names']} at {job['size']} ended with code "
-                           f"{done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        done = subprocess.run([sys.executable, "-c", program, json.dumps(job), str(answer)], text=True,
+                              capture_output=True, env=os.environ | allocators[job["allocator"]])
+        if done.returncode or not answer.exists():
+            raise RuntimeError(f"benchmark of {job['names']} at {job['size']} ended with code "
+                               f"{done.returncode}:\n{done.stderr[-2000:]}")
+        return json.loads(answer.read_text())
 
 # %% ../nbs/29e_benchmark.ipynb #23c21540
 def jobs(
@@ -379,7 +381,7 @@ def jobs(
     "What there is to measure, once for everything before anything a second time."
     found = []
     for process in range(processes):
-        for suite in names:
+        for suite in dict.fromkeys(names):
             s = suites[suite]
             groups = [[name] for name in s.names] if s.kind == "memory" else [s.names]
             found += [{"suite": suite, "kind": s.kind, "size": list(size), "names": list(group),
@@ -432,15 +434,12 @@ def recorded() -> dict:    # without rows if there is none
     path = benchmark_file()
     return load(path) if path.exists() else {"surroundings": {}, "rows": []}
 
-# %% ../nbs/29e_benchmark.ipynb #81421f13
-def _key(row): return json.dumps([row[k] for k in ("suite", "size", "names", "allocator", "process", "seconds")])
-
-# %% ../nbs/29e_benchmark.ipynb #31cd7d0f
+# %% ../nbs/29e_benchmark.ipynb #30537bf0
 def bench(
     path: Path | None,                   # of the file; None: nothing is written
     names: Iterable[str] = tuple(suites),
     processes: int = 3,
-    seconds: float = 8.,                 # for each process
+    seconds: float = 5.,                 # for each process
     threads: int | None = None,          # of each process; default: PyTorch's own number
     report: Callable = lambda *_: None,  # told how many processes are done, and the next job
 ) -> dict:                               # as in the file
@@ -452,11 +451,13 @@ def bench(
         old = load(path)
         if _comparable(old["surroundings"]) == _comparable(record["surroundings"]):
             record["rows"] = old["rows"]
-    done, wanted = {_key(row) for row in record["rows"]}, jobs(names, processes, seconds, threads)
-    for number, job in enumerate(wanted):
+    for number, job in enumerate(jobs(names, processes, seconds, threads)):
         report(number, job)
-        if _key(job) in done: continue
-        record["rows"].append(job | measured(job))
+        place = [job[key] for key in ("suite", "size", "allocator", "process")]
+        same = [row for row in record["rows"] if [row[key] for key in ("suite", "size", "allocator", "process")] == place
+                and (row["kind"] == "times" or row["names"] == job["names"])]
+        if any(job.items() <= row.items() for row in same): continue
+        record["rows"] = [row for row in record["rows"] if row not in same] + [job | measured(job)]
         if path: write(path, as_json(record))
     return record
 
@@ -520,35 +521,54 @@ def peaks(
 # %% ../nbs/29e_benchmark.ipynb #415f1086
 def missing(
     record: dict,    # a benchmark
-) -> dict[str, str]: # contestant → reason
-    "Who did not take part at all, and why."
-    reasons, there = {}, set()
-    for row in record["rows"]:
-        for name, taken in row["found"].items() if isinstance(row["found"], dict) else ():
-            if isinstance(taken, str): reasons[name] = taken
-            else: there.add(name)
-    return {name: why for name, why in reasons.items() if name not in there}
+    suite: str,
+) -> dict[str, str]: # contestant → reason, with the sizes if it did take part at others
+    "Who did not take part, and why."
+    reasons, found = {}, rows_of(record, suite)
+    for size, rows in found.items():
+        for row in rows:
+            taken = row["found"] if isinstance(row["found"], dict) else {row["names"][0]: row["found"]}
+            for name, why in taken.items():
+                if isinstance(why, str): reasons.setdefault(name, {}).setdefault(why, {})[size] = True
+    said = lambda sizes: "" if len(sizes) == len(found) else f" at {', '.join(str(tuple(s)) for s in sizes)}"
+    return {name: "; ".join(why + said(sizes) for why, sizes in whys.items()) for name, whys in reasons.items()}
 
 # %% ../nbs/29e_benchmark.ipynb #83aa94aa
-def table(
-    record: dict,         # a benchmark
+def shown(
+    record: dict,          # a benchmark
     suite: str,
-    kind: str = "both",   # or "forward"
+    name: str,             # of a contestant
+    kind: str = "both",    # or "forward"
+    allocator: str = "default",
+) -> dict[Size, str]:      # – where it is missing
+    "What a table says of a contestant: a time, a ratio or mebibytes."
+    if suites[suite].kind == "memory": values, text = peaks(record, suite, name), lambda v: f"{v / 2**20:.1f}"
+    elif contestants[name].beside == name:
+        values, text = milliseconds(record, suite, name, kind, allocator), lambda v: f"{v:.3g} ms"
+    else:
+        found = ratios(record, suite, name, kind=kind, allocator=allocator)
+        values, text = {size: r[1] if r else math.nan for size, r in found.items()}, lambda v: f"{v:.2f}"
+    return {size: "–" if math.isnan(v) else text(v) for size, v in values.items()}
+
+# %% ../nbs/29e_benchmark.ipynb #07b55fc6
+_headings = {"both": "forward and back", "forward": "forward"}
+
+def table(
+    record: dict,    # a benchmark
+    suite: str,
 ) -> str:
     "A suite as text; those who are missing stand below, with the reason."
-    lines = [["", *(",".join(map(str, size)) for size in rows_of(record, suite))]]
-    for name in suites[suite].names: lines.append(_line(record, suite, name, kind))
-    width = max(len(line[0]) for line in lines)
-    text = [line[0].ljust(width) + "".join(f"{cell:>16}" for cell in line[1:]) for line in lines]
-    return "\n".join(text + [f"{name} is missing: {why}" for name, why in missing(record).items()])
-
-def _line(record, suite, name, kind):
-    "A contestant's name, and what a table says of it at each size."
-    beside = contestants[name].beside
-    if suites[suite].kind == "memory":
-        return [name, *("–" if v != v else f"{v / 2**20:.1f} MiB" for v in peaks(record, suite, name).values())]
-    if beside == name:
-        times = milliseconds(record, suite, name, kind).values()
-        return [name, *("–" if v != v else f"{v:.3g} ms" for v in times)]
-    found = ratios(record, suite, name, kind=kind).values()
-    return [f"{name} / {beside}", *(f"{r[1]:.2f}" if r else "–" for r in found)]
+    s, parts = suites[suite], []
+    memory = s.kind == "memory"
+    for allocator in s.allocators:
+        for kind, heading in {"memory": "MiB at the peak"}.items() if memory else _headings.items():
+            told = heading if len(s.allocators) == 1 else f"{heading}, allocator {allocator}"
+            lines = [[told, *(",".join(map(str, size)) for size in rows_of(record, suite, allocator))]]
+            for name in s.names:
+                beside = contestants[name].beside
+                label = name if memory or beside == name else f"{name} / {beside}"
+                lines.append([label, *shown(record, suite, name, kind, allocator).values()])
+            width = max(len(line[0]) for line in lines)
+            parts.append("\n".join(line[0].ljust(width) + "".join(f"{cell:>16}" for cell in line[1:]) for line in lines))
+    whys = "\n".join(f"{name} is missing: {why}" for name, why in missing(record, suite).items())
+    return "\n\n".join(filter(None, [*parts, whys]))

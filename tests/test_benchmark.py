@@ -38,11 +38,13 @@ def test_a_peer_that_is_not_installed_is_missing(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     found = benchmark.race(TINY, [name, "GRU"], 0)
     assert found[name].startswith(f"pip install {contestants[name].package}") and isinstance(found["GRU"], dict)
-    record = {"rows": [{"suite": "layers", "allocator": "default", "size": list(TINY), "found": found}]}
+    record = {"rows": [{"suite": "layers", "allocator": "default", "size": list(TINY), "names": [*found], "found": found}]}
     text = benchmark.table(record, "layers")
     assert f"{name} is missing: pip install" in text
-    line = next(line for line in text.splitlines() if line.startswith(f"{name} / "))
-    assert line.split()[-1] == "–"
+    lines = [line for line in text.splitlines() if line.startswith(f"{name} / ")]
+    assert len(lines) == 2 and all(line.split()[-1] == "–" for line in lines)
+    record = {"rows": [{"suite": "memory", "allocator": "default", "size": list(TINY), "names": [name], "found": "pip install it"}]}
+    assert f"{name} is missing: pip install it" in benchmark.table(record, "memory")
 
 def test_own_errors_are_errors(monkeypatch):
     def broken(size): raise ValueError("our own")
@@ -105,15 +107,23 @@ def test_a_process_that_dies_is_an_error_that_says_why(try_suite, tmp_path, monk
     done = CliRunner().invoke(cli.main, ["bench", "--budget", "quick"], prog_name="gatednb")
     assert done.exit_code == 1 and "no torch today" in done.output
 
+def test_quick_rows_do_not_mix_with_full_ones(try_suite, tmp_path):
+    path = tmp_path / "benchmark.json"
+    for seconds, processes in ((.01, 1), (.02, 2), (.02, 2)):
+        rows = benchmark.bench(path, ["try", "try"], processes, seconds, 1)["rows"]
+        assert [row["seconds"] for row in rows] == [seconds] * processes and [row["process"] for row in rows] == [*range(processes)]
+
 def test_recorded_benchmark_is_whole():
     "What the book shows has every suite, every size, three processes, and nothing of ours or PyTorch's missing."
     path = ROOT / "benchmarks" / "cpu.json"
     rows = benchmark.load(path)["rows"]
     for name, suite in benchmark.suites.items():
+        assert name in cli.bench.epilog
         for size in suite.sizes:
             for allocator in suite.allocators:
                 found = [r for r in rows if (r["suite"], tuple(r["size"]), r["allocator"]) == (name, size, allocator)]
                 assert len(found) == (len(suite.names) if suite.kind == "memory" else 3), (name, size, allocator)
-    assert not [name for name in benchmark.missing({"rows": rows}) if name not in PEERS]
+    lost = {name for suite in benchmark.suites for name in benchmark.missing({"rows": rows}, suite)}
+    assert not lost - {*PEERS, "compiled loop GRU"}
     assert all(v > 0 for r in rows if isinstance(r["found"], dict) for t in r["found"].values() if isinstance(t, dict)
                for v in t.values()) and not math.isnan(rows[0]["rate"])
