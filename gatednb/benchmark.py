@@ -230,7 +230,7 @@ def start(
 def race(
     size: Size,
     names: Iterable[str],     # of contestants
-    seconds: float,           # to go on for, but for five rounds at least; 0: one round
+    seconds: float,           # to go on for, but for three rounds at least; 0: one round
     seed: int = 0,            # of weights, inputs and the order
 ) -> dict[str, dict | str]:   # name → pass → median milliseconds; or why it is missing
     "Time contestants in turn."
@@ -241,9 +241,9 @@ def race(
         except Missing as why: found[name] = str(why)
         else: times |= {(name, kind): (run, []) for kind, run in passes._asdict().items()}
     end, rounds = time.perf_counter() + seconds, 0
-    while rounds < (5 if seconds else 1) or time.perf_counter() < end:
+    while rounds < (3 if seconds else 1) or time.perf_counter() < end:
         for run, taken in order.sample(list(times.values()), len(times)):
-            if rounds < 5 or taken[0] < .1: _turn(run, taken)
+            if rounds < 3 or taken[0] < .1: _turn(run, taken)
         rounds += 1
     for (name, kind), (_, taken) in times.items():
         found.setdefault(name, {})[kind] = float(f"{1e3 * statistics.median(taken):.4g}")
@@ -439,7 +439,7 @@ def bench(
     path: Path | None,                   # of the file; None: nothing is written
     names: Iterable[str] = tuple(suites),
     processes: int = 3,
-    seconds: float = 5.,                 # for each process
+    seconds: float = 4.,                 # for each process
     threads: int | None = None,          # of each process; default: PyTorch's own number
     report: Callable = lambda *_: None,  # told how many processes are done, and the next job
 ) -> dict:                               # as in the file

@@ -238,7 +238,7 @@ def compare(first, second, metric, results):
 
 # %% ../nbs/32e_cli.ipynb #25900df7
 benchmark_budgets = {    # name → suites, processes, seconds for each, and whether there is a file
-    "full": (None, 3, 5., True), "quick": (["layers"], 1, 1., False)}
+    "full": (None, 3, 4., True), "quick": (["layers"], 1, 1., False)}
 
 @main.command(epilog="""full: every suite, three processes for each size. quick: the suite
 layers, one process, no file. Suites: layers, allocator, time, batch, hidden, gates, memory.""")

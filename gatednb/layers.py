@@ -4,6 +4,7 @@
 __all__ = ['RecurrentLayer', 'GRUGates', 'GRU', 'LSTMGates', 'LSTM', 'MGUGates', 'MGU']
 
 # %% ../nbs/29b_layers.ipynb #c580f505
+import numbers
 import warnings
 
 import torch
@@ -42,7 +43,11 @@ class RecurrentLayer(RecurrentModule):
         **options,                        # layer_norm, x_projection, backend, recompute
     ):
         shares = {"dropout": dropout, "recurrent_dropout": recurrent_dropout}
-        self._check_levels(input_size, num_layers, batch_first, bidirectional, shares)
+        self._check_levels(input_size, hidden_size, num_layers, batch_first, bidirectional, shares)
+        if proj_size and recurrent_dropout:
+            raise ValueError(f"recurrent_dropout is {recurrent_dropout} and proj_size {proj_size}; "
+                             "expected one of them 0: the projection is multiplied out, so there "
+                             "is no projected state that a mask could hide from U")
         features = (proj_size or hidden_size) * (1 + bidirectional)
         sizes = {f"_l{level}{direction}": features if level else input_size
                  for level in range(num_layers) for direction in ("", "_reverse")[:1 + bidirectional]}
@@ -58,12 +63,15 @@ class RecurrentLayer(RecurrentModule):
 
 # %% ../nbs/29b_layers.ipynb #14c5cc33
 @patch
-def _check_levels(self: RecurrentLayer, input_size, num_layers, batch_first, bidirectional, shares):
+def _check_levels(self: RecurrentLayer, input_size, hidden_size, num_layers, batch_first,
+                  bidirectional, shares):
     for name, share in shares.items():
-        if isinstance(share, bool) or not 0 <= float(share) <= 1:
+        if isinstance(share, bool) or not isinstance(share, numbers.Number) or not 0 <= share <= 1:
             raise ValueError(f"{name} is {share!r}; expected a number in [0, 1]")
+    if isinstance(num_layers, bool): raise TypeError(f"num_layers is {num_layers}; expected int")
     check_types(batch_first=(batch_first, bool), bidirectional=(bidirectional, bool),
-                input_size=(input_size, int), num_layers=(num_layers, int))
+                input_size=(input_size, int), hidden_size=(hidden_size, int),
+                num_layers=(num_layers, int))
     for name, value in ("input_size", input_size), ("num_layers", num_layers):
         if value < 1: raise ValueError(f"{name} is {value}; expected at least 1")
     if shares["dropout"] and num_layers == 1:
@@ -192,7 +200,7 @@ def _check_input(self: RecurrentLayer, input, packed):
     if not packed and input.dim() not in (2, 3):
         raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, "
                          f"got {input.dim()}D instead")
-    weight = self._parameters["weight_ih" + self.endings[0]]
+    weight = self._a_weight()
     if input.dtype != weight.dtype and not casts(input):
         raise ValueError(f"input has dtype {input.dtype}; expected {weight.dtype}, the weights' "
                          f"dtype: convert it by input.to({weight.dtype})")

@@ -17,7 +17,7 @@ from torch.nn.functional import linear, pad
 from .cells import Cell, U
 from .engines import eager, numba
 from .engines.eager import recurrent_blocks, symbols_of
-from .gates import catalogue, initial_values, patch
+from .gates import find_gate, initial_values, patch
 from .symbols import Input
 
 # %% ../nbs/29aa_modules.ipynb #ee9d3c60
@@ -47,6 +47,7 @@ class RecurrentModule(nn.Module):
         self.backend, self.recompute = backend, recompute
         self.endings = tuple(input_sizes)
         self.uses_x = bool(symbols_of(cell, Input))
+        self._weight_names = []          # a weight may come to be computed by a parametrization
         self._check_arguments(input_sizes, dtype)
         self._run_cell = self.cell.with_projection() if x_projection else self.cell
         for ending, size in input_sizes.items():
@@ -109,6 +110,7 @@ def _make_parameters(self: RecurrentModule, ending, input_size, **factory):
     shapes |= {name: (*shape, hidden) for name, (shape, _) in self.cell.params.items()}
     for name, shape in shapes.items():
         self.register_parameter(name + ending, nn.Parameter(torch.empty(shape, **factory)))
+        self._weight_names.append(name + ending)
 
 # %% ../nbs/29aa_modules.ipynb #be745213
 @patch
@@ -131,7 +133,7 @@ def reset_parameters(self: RecurrentModule):
 @patch(as_prop=True)
 def all_weights(self: RecurrentModule) -> list[list[nn.Parameter]]:
     "The weights of each run, gate parameters aside."
-    return [[self._parameters[k + ending] for k in weight_kinds if k + ending in self._parameters]
+    return [[getattr(self, k + ending) for k in weight_kinds if k + ending in self._weight_names]
             for ending in self.endings]
 
 @patch
@@ -142,12 +144,18 @@ def flatten_parameters(self: RecurrentModule):
 @patch
 def _refusal(self: RecurrentModule, cell):
     "Why the compiled engine cannot run a cell with these weights."
-    return numba.refusal(cell, self._parameters["weight_ih" + self.endings[0]])
+    return numba.refusal(cell, self._a_weight())
+
+@patch
+def _a_weight(self: RecurrentModule):
+    "A weight, for its type and place; where all are parametrized, what one is computed from."
+    for weight in self._parameters.values(): return weight
+    return next(self.parameters())
 
 @patch
 def _engine(self: RecurrentModule, cell, sequence, trace):
     "The function that runs the cell."
-    if trace or 0 in sequence.shape: return eager.run
+    if trace or 0 in sequence.shape or torch.jit.is_tracing(): return eager.run
     if self.backend != "auto": return engines[self.backend]
     reason = self._refusal(cell)
     if reason is None: return numba.run
@@ -202,10 +210,10 @@ def run_cell(self: RecurrentModule,
     cell: Cell | None = None,         # the one to run; default: the module's own
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:    # as an engine's
     "Run the cell with the weights of one run."
-    cell, x, own = cell or self._run_cell, sequence, self._parameters
-    kinds = [k for k in (*weight_kinds, "weight_xh") if k + ending in own]
-    weights = {kind: own[kind + ending] for kind in kinds}
-    params = {name: own[name + ending] for name in cell.params}
+    cell, x = cell or self._run_cell, sequence
+    kinds = [k for k in (*weight_kinds, "weight_xh") if k + ending in self._weight_names]
+    weights = {kind: getattr(self, kind + ending) for kind in kinds}
+    params = {name: getattr(self, name + ending) for name in cell.params}
     given = states
     if states is None or self.proj_size:
         zeros = sequence.new_zeros(sequence.size(1), self.hidden_size)
@@ -233,7 +241,8 @@ def named_states(
 ) -> dict[str, Tensor]:
     "Initial states by name; an `IndexError` or an `AttributeError` if they are none."
     names = [a.name for a in cell.states]
-    if len(names) == 1: found = {names[0]: hx[0] if isinstance(hx, tuple) and hx else hx}
+    if len(names) == 1:
+        found = {names[0]: hx[0] if isinstance(hx, tuple) and len(hx) == 1 else hx}
     elif len(hx) < len(names):
         raise IndexError(f"hx has {len(hx)} tensors; expected one for each of the states {names}")
     elif len(hx) > len(names) and not isinstance(hx, Tensor):
@@ -267,11 +276,14 @@ usual = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "d
          "bidirectional": False, "recurrent_dropout": 0., "layer_norm": False,
          "reset_after": True, "update_keeps": True, "x_projection": False}
 
+def _differ(one, other): return (one.name, one.equation) != (other.name, other.equation)
+
 @patch
 def extra_repr(self: RecurrentModule):
-    told = [f"{self.input_size}, {self.hidden_size}"]
+    told = [] if self.cell.name in type(self).__name__ else [self.cell.name]
+    told.append(f"{self.input_size}, {self.hidden_size}")
     told += [f"{name}={getattr(self, name)}" for name, value in usual.items()
              if getattr(self, name, value) != value]
     told += [f"{slot}={gate.name!r}" for slot, gate in self.cell.gates.items()
-             if gate is not catalogue.get(self.cell.defaults[slot])]
+             if _differ(gate, find_gate(self.cell.defaults[slot]))]
     return ", ".join(told)

@@ -461,6 +461,33 @@ def test_compiled_as_one_graph(kind, options, engine):
 
 
 @layers
+def test_many_gradients_at_once(kind, options):
+    "Autograd takes the gradients of several outputs in one call."
+    found = []
+    for layer in pair(kind, 4, 3, **options):
+        given = random(6, 5, 4).requires_grad_()
+        output = layer(given)[0]
+        directions = random(3, *output.shape)
+        together = torch.autograd.grad(output, [given, *layer.parameters()], directions, is_grads_batched=True, retain_graph=True)
+        apart = [torch.autograd.grad(output, [given, *layer.parameters()], d, retain_graph=True) for d in directions]
+        assert_close(list(together), [torch.stack(v) for v in zip(*apart)], rtol=1e-10, atol=1e-12)
+        found.append(together)
+    assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+def test_forward_mode_runs_in_the_eager_engine():
+    layer, eager_one = (GRU(4, 3, dtype=torch.float64, backend=backend) for backend in ("auto", "eager"))
+    eager_one.load_state_dict(layer.state_dict())
+    given, tangent = random(6, 5, 4), random(6, 5, 4, seed=1)
+    found = []
+    for one in (layer, eager_one):
+        with torch.autograd.forward_ad.dual_level(), warnings.catch_warnings(action="ignore"):
+            dual = torch.autograd.forward_ad.make_dual(given, tangent)
+            found.append(torch.autograd.forward_ad.unpack_dual(one(dual)[0]).tangent)
+    assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@layers
 def test_pickled(kind, options):
     "Before a layer has run and after it."
     for layer in pair(kind, 4, 3, **options):

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 
@@ -233,3 +235,75 @@ def test_every_public_name_is_documented():
     for name in (n for n in dir(gatednb) if not n.startswith("_")):
         thing = getattr(gatednb, name)
         if callable(thing) or isinstance(thing, type): assert thing.__doc__, f"{name} has no docstring"
+
+
+class Doubled(nn.Module):
+    def forward(self, weight): return 2 * weight
+
+COMPUTED = {"parametrize": lambda module, name: parametrize.register_parametrization(module, name, Doubled()),
+            "prune": lambda module, name: prune.random_unstructured(module, name, amount=.5),
+            "weight_norm": lambda module, name: weight_norm(module, name, dim=0)}
+MODULES = {"GRU": (GRU, (3, 4), {}), "LSTM projected": (LSTM, (3, 4), {"proj_size": 2}), "KAFGRU": (KAFGRU, (3, 4), {}),
+           "refined": (RefinedGRU, (3, 4), {"x_projection": True}), "two directions": (MGU, (3, 4), {"bidirectional": True}),
+           "GRUCell": (GRUCell, (3, 4), {}), "LSTMCell": (LSTMCell, (3, 4), {})}
+
+@pytest.mark.parametrize("kind,sizes,options", MODULES.values(), ids=MODULES)
+@pytest.mark.parametrize("utility", COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.parametrize("backend", ["numba", "eager"])
+def test_weights_that_are_computed(kind, sizes, options, utility, backend):
+    "Parametrized and pruned weights are what the layer runs with, one by one and all together."
+    make = lambda: kind(*sizes, dtype=torch.float64, backend=backend, **options)
+    torch.manual_seed(0)
+    start = make().state_dict()
+    given = tensors(2, 3) if "Cell" in kind.__name__ else tensors(5, 2, 3)
+    for names in (*([name] for name in start), list(start)):
+        layer, plain = make(), make()
+        layer.load_state_dict(start)
+        for name in names: utility(layer, name)
+        plain.load_state_dict({name: getattr(layer, name).detach() for name in start})
+        assert_close(layer(given), plain(given), rtol=1e-12, atol=1e-12)
+        first = layer(given)
+        first = first if isinstance(first, torch.Tensor) else first[0]
+        originals = [p for n, p in layer.named_parameters() if "original" in n or n.endswith("_orig")]
+        assert len(originals) >= len(names)
+        assert all(g is not None for g in torch.autograd.grad(first.square().sum(), originals, allow_unused=True))
+
+def test_weights_of_a_gate_layer_that_are_computed():
+    from gatednb.zoo.outside import GateLayer
+    layer = GateLayer("kaf", 5).double()
+    before = layer(tensors(3, 5))
+    parametrize.register_parametrization(layer, "alpha", Doubled())
+    assert (layer(tensors(3, 5)) - before).abs().max() > .01
+
+@pytest.mark.parametrize("kind", [GRU, LSTM, KAFGRU, MGU])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_traced_by_torchscript(kind, gradients):
+    "A trace follows its input; it is not the output of the example."
+    layer, example, other = kind(3, 4), *(tensors(5, 2, 3, seed=k).float() for k in (0, 1))
+    with torch.set_grad_enabled(gradients), warnings.catch_warnings(action="ignore"):
+        traced = torch.jit.trace(layer, example)
+        assert_close(traced(other), layer(other))
+
+def test_a_mask_on_a_projected_state_is_refused():
+    with pytest.raises(ValueError, match="recurrent_dropout is 0.5 and proj_size 2"): LSTM(3, 4, proj_size=2, recurrent_dropout=.5)
+
+@pytest.mark.parametrize("kind,arguments,options,error,words", [
+    (GRU, (3, None), {}, TypeError, "hidden_size is None"), (GRU, (3, 4), {"dropout": "0.5"}, ValueError, "dropout is '0.5'"),
+    (LSTM, (3, 4), {"num_layers": True}, TypeError, "num_layers is True")])
+def test_arguments_of_wrong_types(kind, arguments, options, error, words):
+    with pytest.raises(error, match=words): kind(*arguments, **options)
+
+def test_a_pair_of_states_is_no_state_of_a_gru():
+    h = torch.zeros(1, 2, 4)
+    for kind in (GRU, nn.GRU):
+        with pytest.raises(AttributeError): kind(3, 4)(torch.zeros(5, 2, 3), (h, h))
+
+def test_text_says_the_cell_and_its_own_gates():
+    import pickle
+    from gatednb import RecurrentLayer
+    from gatednb.zoo.cells import janet
+    from gatednb.zoo.light import min_gru
+    assert str(pickle.loads(pickle.dumps(GRU(3, 4)))) == str(nn.GRU(3, 4))
+    assert str(RecurrentLayer(min_gru().fill(), 3, 4)) == "RecurrentLayer(minGRU, 3, 4)"
+    assert str(RecurrentLayer(janet().fill(), 3, 4)) == "RecurrentLayer(JANET, 3, 4)"
+    assert str(GRU(3, 4, update_gate="kaf")) == "GRU(3, 4, update_gate='kaf')"

@@ -76,6 +76,10 @@ def _call(operator, function, *args):
     return operator(*args) if watched else function(*args)
 
 # %% ../../nbs/29_numba.ipynb #0333e3a1
+def _batched(v):
+    "Whether a tensor stands for several, as where autograd takes many gradients at once."
+    return v is not None and "Batched" in str(torch._C._dispatch_keys(v))
+
 def _lists(tensors, counts):
     "Input, lists of tensors, and lengths if there are any: what the operator takes."
     rest = iter(tensors)
@@ -99,7 +103,7 @@ class _Recurrent(torch.autograd.Function):
     def backward(ctx, g_output, g_final, *_):
         output, pre, memory, rows, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _batched(g_output) or _batched(g_final):
             gradients = _eager_gradients(ctx, g_output, g_final, tensors, needed)
         else:
             first = 1 + sum(ctx.counts[:3])               # of the further inputs
@@ -151,6 +155,7 @@ def _eager_run(key, lengths):
         return output, torch.stack(final)
     return again
 
+@torch.enable_grad()
 def _eager_gradients(ctx, g_output, g_final, tensors, needed):
     "The gradients as functions that can be differentiated again."
     *given, lengths = _lists(tensors, ctx.counts)
@@ -174,8 +179,8 @@ def refusal(
     if weight.dtype not in (torch.float32, torch.float64):
         return f"weights have dtype {weight.dtype}; the numba engine needs float32 or float64"
     if not torch.compiler.is_compiling() and _differentiates():
-        return ("torch.func differentiates it, which PyTorch does not support for compiled "
-                "operators")
+        return ("torch.func or forward-mode differentiation is at work, which PyTorch does not "
+                "support for compiled operators")
     if not hasattr(cell, "_refusal"):
         cell._refusal = None
         try: program_key(cell)
@@ -183,7 +188,8 @@ def refusal(
     return cell._refusal
 
 def _differentiates():
-    "Whether a transformation of torch.func other than vmap is at work."
+    "Whether forward mode is at work, or a transformation of torch.func other than vmap."
+    if torch.autograd.forward_ad._current_level >= 0: return True
     vmap = torch._C._functorch.TransformType.Vmap
     stack = torch._C._functorch.get_interpreter_stack()
     return any(level.key() != vmap for level in stack or ())

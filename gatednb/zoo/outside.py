@@ -31,7 +31,8 @@ class GateLayer(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
 
     def forward(self, pre_activation: Tensor) -> Tensor:     # (…, units) → the same shape
-        return self.gate(pre_activation, **self._parameters)
+        params = {name: getattr(self, name) for name in self.gate.params}
+        return self.gate(pre_activation, **params)
 
     def extra_repr(self): return f"{self.gate.name!r}, {self.units}"
 
