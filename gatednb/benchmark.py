@@ -463,7 +463,8 @@ def rows_of(record, suite, allocator="default"):
     "The rows of a suite, size by size."
     found = {size: [] for size in suites[suite].sizes}
     for row in record["rows"]:
-        if (row["suite"], row["allocator"]) == (suite, allocator): found[Size(*row["size"])].append(row)
+        if (row["suite"], row["allocator"]) == (suite, allocator):
+            found.setdefault(Size(*row["size"]), []).append(row)
     return {size: rows for size, rows in found.items() if rows}
 
 def milliseconds(

@@ -4,7 +4,6 @@
 __all__ = ['RecurrentLayer', 'GRUGates', 'GRU', 'LSTMGates', 'LSTM', 'MGUGates', 'MGU']
 
 # %% ../nbs/29b_layers.ipynb #c580f505
-import numbers
 import warnings
 
 import torch
@@ -66,7 +65,7 @@ class RecurrentLayer(RecurrentModule):
 def _check_levels(self: RecurrentLayer, input_size, hidden_size, num_layers, batch_first,
                   bidirectional, shares):
     for name, share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, numbers.Number) or not 0 <= share <= 1:
+        if isinstance(share, (bool, str)) or not 0 <= float(share) <= 1:
             raise ValueError(f"{name} is {share!r}; expected a number in [0, 1]")
     if isinstance(num_layers, bool): raise TypeError(f"num_layers is {num_layers}; expected int")
     check_types(batch_first=(batch_first, bool), bidirectional=(bidirectional, bool),
