@@ -17,14 +17,12 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from .cells import GateValue
-from .diagnostics import recurrent_layer, watched
+from .diagnostics import traced_gates
 from .kaf import KAFGRU
 from .layers import GRU, LSTM, MGU
 from .refined import RefinedGRU, RefinedLSTM, RefinedMGU
 from .sst import SSTGRU
-from .symbols import Candidate
-from .training import Options, Shuffled, Task, chosen
+from .training import Options, Shuffled, Task
 from .trials import Budget, Experiment, register_experiment
 
 # %% ../nbs/35_addition.ipynb #e3755131
@@ -218,11 +216,7 @@ def spread_within(
 def _of_gates(network, codes, targets):
     "What gates know of the carry, and how much they vary, digits given."
     codes = codes[:max(1, 2**15 // codes.shape[1])].cpu()
-    layer = recurrent_layer(network.cpu())
-    with watched(layer) as seen, torch.no_grad(): network(codes)
-    trace = layer.trace(seen[0])
-    gates = {a.name: trace[a.name] for a in layer.cell.equations
-             if isinstance(a, GateValue) and not isinstance(a, Candidate)}
+    gates, _ = traced_gates(network.cpu(), codes)
     return {"telling": {name: telling(v, codes) for name, v in gates.items()},
             "within": {name: spread_within(v, codes) for name, v in gates.items()}}
 

@@ -445,13 +445,16 @@ def bench(
             record["rows"] = old["rows"]
     for number, job in enumerate(jobs(names, processes, seconds, threads)):
         report(number, job)
-        place = [job[key] for key in ("suite", "size", "allocator", "process")]
-        same = [row for row in record["rows"] if [row[key] for key in ("suite", "size", "allocator", "process")] == place
-                and (row["kind"] == "times" or row["names"] == job["names"])]
+        same = [row for row in record["rows"] if _place(row) == _place(job)]
         if any(job.items() <= row.items() for row in same): continue
         record["rows"] = [row for row in record["rows"] if row not in same] + [job | measured(job)]
         if path: write(path, as_json(record))
     return record
+
+def _place(row):
+    "Where a row belongs; of one place there is one. Memory has one for each contestant."
+    of = row["names"] if row["kind"] == "memory" else None
+    return *(row[key] for key in ("suite", "size", "allocator", "process")), of
 
 def as_json(record):
     "A benchmark as text, a line for each row."

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .addition import by_cell, layers, make_layer
+from .addition import layers, make_layer
 from .classification import accuracy
 from .training import Options, Shuffled, Task, chosen
 from .trials import Budget, Experiment, register_experiment

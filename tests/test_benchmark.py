@@ -1,7 +1,7 @@
 "The benchmark: whoever can take part does the work that is timed, whoever cannot is said to be missing."
 import json, sys
 
-import pytest, torch
+import pytest
 from click.testing import CliRunner
 from conftest import ROOT
 
